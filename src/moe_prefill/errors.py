@@ -1,0 +1,64 @@
+"""Errors that a user can cause, each with the value met, the limit and the remedy.
+
+Two kinds of failure exist in this project. A user's mistake raises one of the classes below, before any work is lost.
+A programmer's mistake fails an ``assert`` with the facts. ``RowError`` is special: it belongs to one row of a table, is
+written to that row's error column, and never stops its neighbours.
+"""
+
+from __future__ import annotations
+
+
+class MoePrefillError(Exception):
+    """Base of every error meant for a user's eyes; ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(MoePrefillError):
+    """Options that contradict each other, are out of range, or name something that does not exist."""
+
+    exit_code = 2
+
+
+class InputError(MoePrefillError):
+    """The input table cannot be read: missing, unreadable, empty, not UTF-8, or without a column that is needed."""
+
+    exit_code = 3
+
+
+class TaskError(MoePrefillError):
+    """The task cannot be carried out for any row: labels that clash, unknown placeholders, too many options."""
+
+    exit_code = 4
+
+
+class ModelError(MoePrefillError):
+    """The checkpoint cannot be used: unsupported architecture or field, missing or damaged tensors, wrong shapes."""
+
+    exit_code = 5
+
+
+class PlanError(MoePrefillError):
+    """The model, or one request, does not fit the memory that it was given."""
+
+    exit_code = 6
+
+
+class OutputError(MoePrefillError):
+    """The output exists, cannot be written, or belongs to another job."""
+
+    exit_code = 7
+
+
+class RowError(MoePrefillError):
+    """One row cannot be answered.
+
+    ``code`` is a short stable word for counting (``empty_text``, ``too_long``, ``label_boundary``, ...); the message says
+    what was met, what the limit is and what helps.
+    """
+
+    exit_code = 1
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
