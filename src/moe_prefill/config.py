@@ -1,0 +1,46 @@
+"""Settings of the engine: frozen, composed, strict. Command-line defaults are read from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UsageError
+
+Sharing = Literal["auto", "off", "force"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to build an engine. ``None`` means: decided by the memory plan or the machine.
+
+    ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is ``auto`` (share a
+    prefix where it pays), ``off``, or ``force`` (every common token once, for tests). ``memory_gib`` bounds the device's memory,
+    ``host_gib`` the host's.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    seed: int = 0
+    dummy_skew: float | None = None
+    num_layers: int | None = None  # dummy weights only: a model of reduced depth
+    sharing: Sharing = "auto"
+    max_sweep_tokens: int | None = None
+    memory_gib: float | None = None
+    host_gib: float | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("load_format", ("safetensors", "dummy")),
+            ("sharing", ("auto", "off", "force")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        for name in ("max_sweep_tokens", "memory_gib", "host_gib", "threads", "num_layers"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} is {value}; it must be positive")
