@@ -1,0 +1,94 @@
+"""The mathematics of a decoder layer, for every family: which of its parts are there is said by the ModelSpec and the weights.
+
+Letters: T rows, D hidden, H query heads, G key/value heads, d head channels, r rotated channels. No rank, stream or file here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import ops
+from ..core import ModelSpec
+from .weights import AttentionWeights, DenseWeights, ExpertBank, LayerWeights, MoeWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Cosines and sines [T, r / 2] of the rows at hand, in the model's dtype."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Rope:
+        return Rope(self.cos[rows], self.sin[rows])
+
+
+class Decoder:
+    """Pure functions of rows and weights for one ModelSpec."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.scale = spec.head_dim**-0.5
+        self._q_width = spec.num_heads * spec.head_dim
+        self._kv_width = spec.num_kv_heads * spec.head_dim
+
+    def keys_values(
+        self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (normalised, rotated) and values [T, G, d] of residual rows."""
+        normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
+        both = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width)
+        keys, values = both.split(self._kv_width, dim=-1)
+        return self._shape(keys, weights.k_norm, rope), self._clip(values).unflatten(-1, (-1, self.spec.head_dim))
+
+    def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Queries (normalised, rotated) [T, H, d] of residual rows."""
+        normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
+        return self._shape(self._project(weights, normed, 0, self._q_width), weights.q_norm, rope)
+
+    def attention_output(
+        self, weights: AttentionWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """``residual + attended @ out``; [T, D]."""
+        return residual_TD + F.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
+
+    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
+        """``x + experts(norm(x))`` in a sparse layer, ``x + dense(norm(x))`` in a dense one; [T, D]."""
+        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
+        if isinstance(layer.ffn, DenseWeights):
+            return x_TD + self._dense(layer.ffn, normed)
+        assert bank is not None, "a sparse layer needs its expert bank"
+        weights, ids = ops.route(
+            normed,
+            layer.ffn.router,
+            self.spec.top_k,
+            normalize=self.spec.norm_topk_prob,
+            float32_weights=self.spec.router_weights_float32,
+        )
+        base = x_TD if layer.ffn.shared is None else x_TD + self._shared(layer.ffn, normed)
+        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base)
+
+    def _project(self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
+        return F.linear(x_TD, weights.qkv[first:last], bias)
+
+    def _shape(self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope) -> torch.Tensor:
+        if self.spec.qk_norm == "full":
+            assert norm is not None
+            flat, norm = ops.rms_norm(flat, norm, self.spec.norm_eps), None
+        heads = self._clip(flat).unflatten(-1, (-1, self.spec.head_dim))
+        return ops.head_norm_rope(heads, norm, rope.cos, rope.sin, self.spec.norm_eps)
+
+    def _clip(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.spec.clip_qkv is None else x.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
+
+    def _dense(self, weights: DenseWeights, x_TD: torch.Tensor) -> torch.Tensor:
+        return F.linear(ops.swiglu(F.linear(x_TD, weights.gate_up)), weights.down)
+
+    def _shared(self, weights: MoeWeights, x_TD: torch.Tensor) -> torch.Tensor:
+        assert weights.shared is not None
+        assert weights.shared_gate is not None
+        return torch.sigmoid(F.linear(x_TD, weights.shared_gate)) * self._dense(weights.shared, x_TD)

@@ -1,0 +1,207 @@
+"""Packed variable-length attention with log-sum-exp out.
+
+Q query rows, K key rows, H query heads, G key/value heads, d channels, N entries. At this boundary log-sum-exp is float32, natural logarithm,
+[Q, H]; a query without keys gives (0, -inf).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the plain version: bounds its workspace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Entry i has queries ``cu_q[i]:cu_q[i+1]`` and keys ``cu_k[i]:cu_k[i+1]``; int32 [N + 1] on the host and on the device."""
+
+    cu_q: np.ndarray
+    cu_k: np.ndarray
+    cu_q_device: torch.Tensor
+    cu_k_device: torch.Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def on(cls, device: torch.device, cu_q: np.ndarray, cu_k: np.ndarray) -> Spans:
+        """Upload the offsets; synchronises, so not for use inside a sweep."""
+        return cls(
+            cu_q,
+            cu_k,
+            torch.as_tensor(cu_q, dtype=torch.int32, device=device),
+            torch.as_tensor(cu_k, dtype=torch.int32, device=device),
+            int(np.diff(cu_q).max(initial=0)),
+            int(np.diff(cu_k).max(initial=0)),
+        )
+
+
+def ref_attention(
+    q_QHd: torch.Tensor,
+    k_KGd: torch.Tensor,
+    v_KGd: torch.Tensor,
+    spans: Spans,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention entry by entry in float32, straight from the definition."""
+    out = torch.zeros_like(q_QHd)
+    lse = torch.full(q_QHd.shape[:2], -torch.inf, device=q_QHd.device)
+    groups = q_QHd.shape[1] // k_KGd.shape[1]
+    for (q0, q1), (k0, k1) in zip(_pairs(spans.cu_q), _pairs(spans.cu_k), strict=True):
+        if q1 == q0 or k1 == k0:
+            continue
+        keys = k_KGd[k0:k1].float().repeat_interleave(groups, dim=1)
+        values = v_KGd[k0:k1].float().repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q_QHd[q0:q1].float(), keys) * scale
+        mask = visible(q1 - q0, k1 - k0, causal=causal, window=window, device=q_QHd.device)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        lse[q0:q1] = scores.logsumexp(-1).t()
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
+    return out, lse
+
+
+def visible(
+    num_queries: int, num_keys: int, *, causal: bool, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Boolean [queries, keys] of what may be seen, aligned at the end; None where everything may."""
+    if not causal:
+        return None
+    row = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+    column = torch.arange(num_keys, device=device)[None, :]
+    mask = column <= row
+    return mask if window is None else mask & (column > row - window)
+
+
+def attention(
+    q_QHd: torch.Tensor,
+    k_KGd: torch.Tensor,
+    v_KGd: torch.Tensor,
+    spans: Spans,
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
+
+    ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself included.
+    """
+    assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
+    assert window is None or causal, "a window needs causal order"
+    if q_QHd.is_cuda and q_QHd.dtype in (torch.bfloat16, torch.float16) and q_QHd.shape[-1] % 8 == 0:
+        return _flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's own FlashAttention 2: one launch, no synchronisation."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        spans.cu_q_device,
+        spans.cu_k_device,
+        spans.max_q,
+        spans.max_k,
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=0 if window is not None else None,
+    )
+    # It returns [H, Q], and +inf for a query without keys.
+    return out, torch.where(torch.isinf(lse), -torch.inf, lse).t()
+
+
+def _by_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries of equal shape go through one batched call; entries of a shape of their own through one each."""
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+    num_q, num_k = np.diff(spans.cu_q), np.diff(spans.cu_k)
+    shapes = num_q.astype(np.int64) << 32 | num_k
+    for shape in np.unique(shapes):
+        entries = np.flatnonzero(shapes == shape)
+        nq, nk = int(num_q[entries[0]]), int(num_k[entries[0]])
+        if nq == 0 or nk == 0:
+            continue
+        step = max(1, _MAX_BATCHED_SCORES // (nq * nk))
+        for low in range(0, len(entries), step):
+            part = entries[low : low + step]
+            _one_shape(q, k, v, out, lse, spans.cu_q[part], spans.cu_k[part], nq, nk, causal, window, scale)
+    return out, lse
+
+
+def _one_shape(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_start: np.ndarray,
+    k_start: np.ndarray,
+    nq: int,
+    nk: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> None:
+    batch, heads, kv_heads, dim = len(q_start), q.shape[1], k.shape[1], q.shape[2]
+    groups = heads // kv_heads
+    q_rows, k_rows = _rows(q_start, nq, q.device), _rows(k_start, nk, k.device)
+    queries = q[q_rows].view(batch, nq, heads, dim).transpose(1, 2)
+    keys, values = (t[k_rows].view(batch, nk, kv_heads, dim).transpose(1, 2) for t in (k, v))
+    if not causal:  # the query heads of a group are just more rows against the same keys
+        rows = queries.reshape(batch, kv_heads, groups * nq, dim)
+        o, m = _dense(rows, keys, values, False, None, scale)
+        o, m = o.reshape(batch, heads, nq, dim), m.reshape(batch, heads, nq)
+    else:
+        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+        square = nq == nk and window is None
+        mask = None if square else visible(nq, nk, causal=True, window=window, device=q.device)
+        o, m = _dense(queries, keys, values, square, mask, scale)
+    out[q_rows] = o.transpose(1, 2).reshape(-1, heads, dim)
+    lse[q_rows] = m.transpose(1, 2).reshape(-1, heads)
+
+
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batched [B, H, rows, d] attention: the CPU's flash kernel, or the definition elsewhere."""
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16):
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+        )
+        return out, lse
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if is_causal:
+        mask = visible(q.shape[-2], k.shape[-2], causal=True, window=None, device=q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def _rows(start: np.ndarray, length: int, device: torch.device) -> torch.Tensor | slice:
+    if len(start) == 1:
+        return slice(int(start[0]), int(start[0]) + length)
+    index = start.astype(np.int64)[:, None] + np.arange(length)
+    return torch.from_numpy(index.reshape(-1)).to(device, non_blocking=True)
+
+
+def _pairs(offsets: np.ndarray) -> list[tuple[int, int]]:
+    values = offsets.tolist()
+    return list(zip(values[:-1], values[1:], strict=True))

@@ -1,0 +1,72 @@
+"""The routed experts of one layer on local tokens. T tokens, D channels, E experts, I expert channels, K top-k, R = T K rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .backend import use_triton
+from .grouped import grouped_mm
+from .swiglu import ref_swiglu, swiglu
+
+
+def ref_experts(
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    gate_up_E2ID: torch.Tensor,
+    down_EDI: torch.Tensor,
+) -> torch.Tensor:
+    """Sum over a token's K experts of ``weight * down(swiglu(gate_up(x)))``, summed in float32; [T, D]."""
+    out = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    for expert in range(gate_up_E2ID.shape[0]):
+        token, slot = torch.where(ids_TK == expert)
+        hidden = ref_swiglu(F.linear(x_TD[token], gate_up_E2ID[expert]))
+        rows = F.linear(hidden, down_EDI[expert]).float() * weights_TK[token, slot, None].float()
+        out.index_add_(0, token, rows)
+    return out.to(x_TD.dtype)
+
+
+def experts(
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    gate_up_E2ID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    residual_TD: torch.Tensor,
+) -> torch.Tensor:
+    """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
+
+    Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each came from.
+    """
+    num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
+    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=x_TD.device), right=True, out_int32=True)
+    rows_RD = x_TD.index_select(0, slot_of_row // top_k)
+    hidden_RI = swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends))
+    out_RD = grouped_mm(hidden_RI, down_EDI, ends)
+    row_of_slot = torch.empty_like(slot_of_row)
+    row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=x_TD.device)
+    return combine(out_RD, row_of_slot.view(-1, top_k), weights_TK, residual_TD)
+
+
+def ref_combine(
+    rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """``residual + sum_k weights[t, k] * rows[row_of_slot[t, k]]``: the sum in float32, rounded before the residual is added."""
+    total = torch.zeros(residual_TD.shape, dtype=torch.float32, device=residual_TD.device)
+    for k in range(weights_TK.shape[1]):
+        total += rows_RD.index_select(0, row_of_slot_TK[:, k]).float() * weights_TK[:, k, None].float()
+    return residual_TD + total.to(residual_TD.dtype)
+
+
+def combine(
+    rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """Gather each token's K expert rows, weigh, add to the residual; a new tensor [T, D]."""
+    assert len(row_of_slot_TK) == len(weights_TK) == len(residual_TD), (row_of_slot_TK.shape, residual_TD.shape)
+    if use_triton(rows_RD):
+        from .kernels.combine import combine_kernel
+
+        return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
+    return ref_combine(rows_RD, row_of_slot_TK, weights_TK, residual_TD)

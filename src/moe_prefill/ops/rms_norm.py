@@ -1,0 +1,24 @@
+"""RMSNorm. T rows, D channels."""
+
+from __future__ import annotations
+
+import torch
+
+from .backend import use_triton
+
+
+def ref_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)``: the mean in float32, the result in the dtype of ``x``."""
+    wide = x_TD.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * scaled.to(x_TD.dtype)
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension; a new tensor of the shape and dtype of ``x_TD``."""
+    assert x_TD.shape[-1] == weight_D.shape[0], (x_TD.shape, weight_D.shape)
+    if use_triton(x_TD):
+        from .kernels.rms_norm import rms_norm_kernel
+
+        return rms_norm_kernel(x_TD, weight_D, eps)
+    return ref_rms_norm(x_TD, weight_D, eps)
