@@ -1,0 +1,136 @@
+"""A model's tokenizer: texts to int32 ids and back, with the begin token added once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_prefill.core import Int32Array
+from moe_prefill.text.cuts import make_cut_rule
+from moe_prefill.text.files import TokenizerFiles, load_files
+
+
+class Tokenizer:
+    """Encodes and decodes with a ``tokenizers`` backend.
+
+    ``add_special_tokens`` means the begin token only: an end token is never added, for a context that is closed has
+    no continuation. Whether there is a begin token is said by ``add_bos_token`` in tokenizer_config.json, and by the
+    post-processor of tokenizer.json where the config does not say it. A text that starts with the begin token gets no
+    second one.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self.backend = files.backend
+        self.chat_template = files.chat_template
+        self.special_tokens = dict(files.special_tokens)
+        self.fingerprint = files.fingerprint
+        self.bos = self.special_tokens.get("bos_token")
+        self.eos = self.special_tokens.get("eos_token")
+        self.bos_id = self._id(self.bos)
+        self.eos_id = self._id(self.eos)
+        self.prefix_ids = self._prefix_ids(files)
+        self._cuts = make_cut_rule(self.backend)
+        self._strings: dict[int, str] = {}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Load from a model directory. Raises ModelError with the remedy where that is impossible."""
+        return cls(load_files(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        added = self.backend.get_added_tokens_decoder()
+        return max(int(self.backend.get_vocab_size(with_added_tokens=True)), *(index + 1 for index in added), 0)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Int32Array:
+        """Ids of one text, int32 [T]."""
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Int32Array]:
+        """Ids of each text, int32 [T] each."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return [self._with_prefix(row) for row in ids] if add_special_tokens else ids
+
+    def encode_related(
+        self, texts: Sequence[str], shared: Sequence[Sequence[int]], *, add_special_tokens: bool = True
+    ) -> list[Int32Array]:
+        """Ids of each text, the same as ``encode_batch`` gives, but parts that texts have in common cost once.
+
+        ``shared[i]`` are lengths of ``texts[i]`` in characters, ascending, up to which it equals some other text. Each
+        text is cut at the last safe place before each length; where the tokenizer has none, whole texts are encoded.
+        """
+        index: dict[str, int] = {}
+        plans = [
+            [index.setdefault(piece, len(index)) for piece in self._pieces(text, lengths)]
+            for text, lengths in zip(texts, shared, strict=True)
+        ]
+        ids = self.encode_batch(list(index), add_special_tokens=False)
+        joined = [ids[plan[0]] if len(plan) == 1 else np.concatenate([ids[i] for i in plan]) for plan in plans]
+        return [self._with_prefix(row) for row in joined] if add_special_tokens else joined
+
+    def encode_continuation(self, text: str) -> Int32Array:
+        """Ids of a text as if it followed another, with no regard to how the two would merge: int32 [T]."""
+        for anchor in ("\n", ".", "a"):
+            before, whole = self.encode_batch([anchor, anchor + text], add_special_tokens=False)
+            if np.array_equal(whole[: len(before)], before):
+                return whole[len(before) :]
+        return self.encode(text, add_special_tokens=False)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Character ranges of the text's tokens, begin token not included."""
+        return list(self.backend.encode(text, add_special_tokens=False).offsets)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of ids; special tokens are written out."""
+        return str(self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+
+    def token_string(self, token_id: int) -> str:
+        """The text that one token adds after another; bytes that are no full character come as U+FFFD."""
+        if token_id not in self._strings:
+            anchor = self.encode("a", add_special_tokens=False).tolist()
+            before, whole = self.decode(anchor), self.decode([*anchor, token_id])
+            self._strings[token_id] = whole[len(before) :] if whole.startswith(before) else self.decode([token_id])
+        return self._strings[token_id]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry as tokenizer.json writes it."""
+        return self._id(token)
+
+    def _pieces(self, text: str, lengths: Sequence[int]) -> list[str]:
+        if self._cuts is None:
+            return [text]
+        cuts = [0]
+        for length in lengths:
+            cut = self._cuts.last(text, length)
+            if cut > cuts[-1]:
+                cuts.append(cut)
+        ends = [*cuts[1:], len(text)]
+        return [
+            text[start:end] if start == 0 else self._cuts.window(text[:end], start)
+            for start, end in zip(cuts, ends, strict=True)
+        ]
+
+    def _with_prefix(self, ids: Int32Array) -> Int32Array:
+        prefix = self.prefix_ids
+        if not len(prefix) or np.array_equal(ids[: len(prefix)], prefix):
+            return ids
+        return np.concatenate([prefix, ids])
+
+    def _prefix_ids(self, files: TokenizerFiles) -> Int32Array:
+        stated = files.config.get("add_bos_token")
+        if stated is not None:
+            found = [self.bos_id] if stated and self.bos_id is not None else []
+        else:
+            plain = self.backend.encode("a", add_special_tokens=False).ids
+            full = self.backend.encode("a", add_special_tokens=True).ids
+            starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+            found = full[: starts[-1]] if starts else []
+        return np.array(found, dtype=np.int32)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
