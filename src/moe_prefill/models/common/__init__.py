@@ -1,0 +1,1 @@
+"""What the families share: reading a config field by field, rotary parameters, tensor names."""
