@@ -1,0 +1,89 @@
+"""The identity of a job: everything that its answers depend on. A resumed job refuses to go on with another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core import Column, ScoringEngine
+from ..errors import OutputError
+from .tables import Format, Table
+from .windows import Shard, Window, WindowSize
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+FORMAT_VERSION = 1  # of parts, journal and manifest
+Identity = dict[str, object]  # flat; values as JSON has them
+
+
+def job_identity(
+    table: Table,
+    task: Task,
+    engine: ScoringEngine,
+    *,
+    model: Mapping[str, str],
+    output_format: Format,
+    columns: Sequence[Column],
+    size: WindowSize,
+    windows: Sequence[Window],
+    shard: Shard,
+    label_column: str | None,
+) -> Identity:
+    """Collect what a job's output depends on. ``model`` names the model and its tokenizer by content."""
+    names = [path.name for path in table.files]
+    return {
+        "version": FORMAT_VERSION,
+        "input.format": table.format,
+        "input.files": names
+        if len(names) <= 8
+        else [len(names), hashlib.sha256(json.dumps(names).encode()).hexdigest()],
+        "input.rows": table.num_rows,
+        "input.bytes": table.num_bytes,
+        "input.content": table.digest,
+        "task.kind": task.name,
+        "task.digest": task.digest,
+        "engine.plan": engine.plan_digest,
+        **{f"model.{name}": value for name, value in model.items()},
+        "output.format": output_format,
+        "output.columns": [f"{column.name}: {column.kind}" for column in columns],
+        "windows.rows": size.rows,
+        "windows.bytes": size.num_bytes,
+        "windows.count": len(windows),
+        "shard": str(shard),
+        "label_column": label_column,
+    }
+
+
+def check_same_job(where: Path, recorded: Mapping[str, object], asked: Identity) -> None:
+    """Raise OutputError with every field that differs and both values."""
+    differing = [name for name in {**recorded, **asked} if recorded.get(name) != asked.get(name)]
+    if differing:
+        lines = [f"  {name}: {_short(recorded.get(name))} there, {_short(asked.get(name))} now" for name in differing]
+        raise OutputError(
+            "\n".join([f"{where} belongs to another job, so it cannot be resumed:", *lines])
+            + "\nGive the same model, input and task again, or start over with --overwrite"
+        )
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read one of our own JSON files. Raises OutputError when it is damaged or of another version."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}); start over with --overwrite") from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise OutputError(
+            f"{path}: format version {version}, this program writes {FORMAT_VERSION}; start over with --overwrite"
+        )
+    assert isinstance(data, dict)
+    return data
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
