@@ -15,7 +15,7 @@ Identifiers = Literal["letters", "digits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """A class to choose from: ``word`` is the text that is scored (default: ``name``), ``description`` goes to prompts."""
+    """A class: ``word`` is the text that is scored (default: ``name``), ``description`` goes into the prompt."""
 
     name: str
     word: str | None = None

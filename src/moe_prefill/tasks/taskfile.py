@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tomllib
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from moe_prefill.tasks.config import TaskConfig
+from moe_prefill.errors import TaskError
+from moe_prefill.tasks.config import (
+    ChooseConfig,
+    ClassifyConfig,
+    Label,
+    RankConfig,
+    ScoreConfig,
+    SelectConfig,
+    TaskConfig,
+)
+
+CONFIGS: Mapping[str, type[TaskConfig]] = {
+    "classify": ClassifyConfig,
+    "choose": ChooseConfig,
+    "select": SelectConfig,
+    "rank": RankConfig,
+    "score": ScoreConfig,
+}
 
 
 def read_task_file(path: str | Path) -> tuple[str, dict[str, object]]:
     """Read a task file: its kind (key ``task``) and its other keys as they stand. Raises TaskError."""
-    raise NotImplementedError
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TaskError(f"task file {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # TOML and UTF-8 errors are ValueErrors
+        raise TaskError(f"task file {path} is not valid TOML: {error}") from error
+    kind = values.pop("task", None)
+    if not isinstance(kind, str):
+        raise TaskError(f"task file {path} does not say which task it is; add task = one of {', '.join(CONFIGS)}")
+    return kind, values
 
 
 def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "options") -> TaskConfig:
@@ -18,9 +49,65 @@ def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "
 
     ``source`` is named in messages. Raises TaskError for an unknown kind or key, or a value of a wrong type.
     """
-    raise NotImplementedError
+    if kind not in CONFIGS:
+        raise TaskError(f"{source}: unknown task {kind!r}; it is one of {', '.join(CONFIGS)}")
+    config = CONFIGS[kind]
+    known = typing.get_type_hints(config)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise TaskError(
+            f"{source}: {kind} has no key {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}"
+        )
+    required = {field.name for field in dataclasses.fields(config) if _is_required(field)}
+    missing = sorted(required - set(values))
+    if missing:
+        raise TaskError(f"{source}: {kind} needs {', '.join(missing)}")
+    checked: dict[str, Any] = {key: _value(value, known[key], f"{source}: {key}") for key, value in values.items()}
+    return config(**checked)
 
 
 def load_task_file(path: str | Path) -> TaskConfig:
     """``read_task_file`` and ``config_from_mapping`` in one."""
-    raise NotImplementedError
+    kind, values = read_task_file(path)
+    return config_from_mapping(kind, values, str(path))
+
+
+def _is_required(field: dataclasses.Field[object]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(value: object, hint: object, where: str) -> object:
+    """Check a plain value against a field's type, and turn lists to tuples and label tables to labels."""
+    args = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        return None if value is None else _value(value, args[0], where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TaskError(f"{where} is {value!r}; it is a list")
+        return tuple(_value(entry, args[0], f"{where}[{i}]") for i, entry in enumerate(value))
+    if hint is Label:
+        return _label(value, where)
+    if origin is typing.Literal:
+        hint = str
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    assert isinstance(hint, type), hint
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TaskError(f"{where} is {value!r}; it is of type {hint.__name__}")
+    return value
+
+
+def _label(value: object, where: str) -> Label:
+    if isinstance(value, Label):
+        return value
+    if isinstance(value, str):
+        return Label(name=value)
+    if not isinstance(value, Mapping):
+        raise TaskError(f"{where} is {value!r}; a label is a text or a table with name, word and description")
+    known = {field.name for field in dataclasses.fields(Label)}
+    unknown = sorted(set(value) - known)
+    if unknown or "name" not in value:
+        what = f"has no key {', '.join(map(repr, unknown))}" if unknown else "needs a name"
+        raise TaskError(f"{where}: a label {what}; its keys are name, word and description")
+    return Label(**{key: typing.cast(str, _value(entry, str, f"{where}.{key}")) for key, entry in value.items()})

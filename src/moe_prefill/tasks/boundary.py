@@ -1,0 +1,93 @@
+"""Where a context ends and its labels begin, in tokens.
+
+One rule for every task. The tokens of (context + label) are those of the whole text, where the context's own tokens
+are a prefix of them for every label of the row. Where they are not, the context's trailing white space moves to the
+front of the labels, as lm-evaluation-harness does it, and the rule is tried again. Where a label still merges with its
+context, the row is an error, unless the user asked for "split": both sides are then tokenised alone and put together.
+
+Cost: a context is tokenised once; for each label only the last word of the context and the label are tokenised again
+(``Tokenizer.encode_related``), and equal ones once for all rows of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_prefill.core import Int32Array
+from moe_prefill.errors import RowError
+from moe_prefill.tasks.config import Boundary
+from moe_prefill.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One context and what may follow it. ``shared``: characters of the context that other contexts have too."""
+
+    context: str
+    labels: tuple[str, ...]
+    shared: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """A context's ids, int32 [T], and the ids of each label after it."""
+
+    context: Int32Array
+    labels: tuple[tuple[int, ...], ...]
+
+
+def split_spots(
+    tokenizer: Tokenizer, spots: Sequence[Spot], mode: Boundary = "strict", *, add_bos: bool = True
+) -> list[Split | RowError]:
+    """Apply the rule to every spot, in order."""
+    wholes = _encode(tokenizer, spots, add_bos)
+    split = [_split(rows[0], rows[1:]) for rows in wholes]
+    failed = [i for i, found in enumerate(split) if found is None]
+    moved = {i: spots[i].context.rstrip() for i in failed}
+    shorter = tokenizer.encode_batch(list(moved.values()), add_special_tokens=add_bos)
+    for i, context in zip(failed, shorter, strict=True):
+        split[i] = _split(context, wholes[i][1:])
+    return [found or _unsplit(tokenizer, spots[i], wholes[i][0], mode) for i, found in enumerate(split)]
+
+
+def _encode(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> list[list[Int32Array]]:
+    """For every spot the ids of its context, then of the context with each label."""
+    texts, shared = [], []
+    for spot in spots:
+        for label in ("", *spot.labels):
+            texts.append(spot.context + label)
+            shared.append((spot.shared, len(spot.context)))
+    flat = iter(tokenizer.encode_related(texts, shared, add_special_tokens=add_bos))
+    return [[next(flat) for _ in range(len(spot.labels) + 1)] for spot in spots]
+
+
+def _split(context: Int32Array, wholes: Sequence[Int32Array]) -> Split | None:
+    size = len(context)
+    if not size or any(not np.array_equal(whole[:size], context) for whole in wholes):
+        return None
+    return Split(context, tuple(tuple(whole[size:].tolist()) for whole in wholes))
+
+
+def _unsplit(tokenizer: Tokenizer, spot: Spot, context: Int32Array, mode: Boundary) -> Split | RowError:
+    if not len(context):
+        return RowError("empty_text", "the context has no tokens; give the prompt some text before its labels")
+    if mode == "split":
+        labels = (tokenizer.encode_continuation(label) for label in spot.labels)
+        return Split(context, tuple(tuple(label.tolist()) for label in labels))
+    return RowError("label_boundary", _describe(tokenizer, spot, context))
+
+
+def _describe(tokenizer: Tokenizer, spot: Spot, context: Int32Array) -> str:
+    end = repr(spot.context[-20:])
+    for label in spot.labels:
+        whole = tokenizer.encode(spot.context + label)
+        if not np.array_equal(whole[: len(context)], context):
+            return (
+                f"label {label!r} merges with the end of its context {end}: the last token of the context is "
+                f"{tokenizer.token_string(int(context[-1]))!r} alone and another one before the label. End the context "
+                "with other text, change the label's prefix (--label-prefix), or accept it with --boundary split"
+            )
+    return f"the labels do not follow the context {end} on a token boundary; --boundary split accepts that"

@@ -1,0 +1,135 @@
+"""Prompt templates: text with ``{column}`` placeholders, and a row's values as text."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_prefill.errors import RowError, TaskError
+from moe_prefill.tasks.base import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A parsed template: literal texts around placeholder names, ``literals[i] names[i] literals[i + 1]``."""
+
+    source: str
+    literals: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, source: str) -> Template:
+        """Read ``{name}`` placeholders; ``{{`` and ``}}`` stand for braces. Raises TaskError with the place."""
+        literals, names, text, i = [], [], "", 0
+        while i < len(source):
+            pair = source[i : i + 2]
+            if pair in ("{{", "}}"):
+                text += pair[0]
+                i += 2
+            elif source[i] == "{":
+                end = source.find("}", i)
+                name = source[i + 1 : end].strip()
+                if end < 0 or not name or "{" in name:
+                    raise _brace_error(source, i)
+                literals.append(text)
+                names.append(name)
+                text, i = "", end + 1
+            elif source[i] == "}":
+                raise _brace_error(source, i)
+            else:
+                text += source[i]
+                i += 1
+        return cls(source, (*literals, text), tuple(names))
+
+    def render(self, fields: Mapping[str, str]) -> str:
+        parts = [self.literals[0]]
+        for name, literal in zip(self.names, self.literals[1:], strict=True):
+            parts.append(fields[name])
+            parts.append(literal)
+        return "".join(parts)
+
+    @property
+    def ends_with_space(self) -> bool:
+        return self.literals[-1][-1:].isspace()
+
+
+def columns_of(templates: Sequence[Template], reserved: Collection[str]) -> frozenset[str]:
+    """The input columns that templates read: all their placeholders but the task's own ones."""
+    return frozenset(name for template in templates for name in template.names) - frozenset(reserved)
+
+
+def check_columns(needed: Collection[str], columns: Sequence[str] | None, reserved: Collection[str] = ()) -> None:
+    """Raise TaskError that names what is missing and what there is."""
+    if columns is None:
+        return
+    missing = sorted(set(needed) - set(columns))
+    if missing:
+        own = f", and this task's own {', '.join(sorted(reserved))}" if reserved else ""
+        raise TaskError(
+            f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(columns)}{own}. Name one of "
+            "them in the template as {column}, or the text column with --text"
+        )
+
+
+def fields_of(row: Row, names: Collection[str]) -> dict[str, str]:
+    """The named values as text. Raises RowError("empty_text") for a null or a text of nothing but white space."""
+    fields = {}
+    for name in sorted(names):
+        text = as_text(row.get(name))
+        if not text.strip():
+            what = "null" if row.get(name) is None else "empty"
+            raise RowError("empty_text", f"column {name!r} is {what}; the prompt needs a text there")
+        fields[name] = text
+    return fields
+
+
+def as_text(value: object) -> str:
+    """A value as a table shows it: numbers as they are, booleans in lower case, dates in ISO form, lists as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def list_of(row: Row, column: str) -> list[object]:
+    """A list from a list column, or from a JSON list in a text column. Raises RowError("bad_list")."""
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError("bad_list", f"column {column!r} is no JSON list: {error}") from error
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None:
+        raise RowError("empty_text", f"column {column!r} is null; a list is needed there")
+    if not isinstance(value, list | tuple):
+        raise RowError("bad_list", f"column {column!r} holds a {type(value).__name__}; a list is needed there")
+    return list(value)
+
+
+def texts_of(row: Row, column: str) -> list[str]:
+    """A list of non-empty texts. Raises RowError."""
+    texts = [as_text(value) for value in list_of(row, column)]
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise RowError("empty_text", f"entry {i} of column {column!r} is empty")
+    return texts
+
+
+def _brace_error(source: str, at: int) -> TaskError:
+    return TaskError(
+        f"the template has a stray {source[at]!r} at character {at} ({source[max(0, at - 10) : at + 10]!r}); "
+        "a placeholder is {column}, and a brace itself is written {{ or }}"
+    )
