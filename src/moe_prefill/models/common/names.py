@@ -37,9 +37,13 @@ Place = Callable[[str], Placement | None]
 Spelling = Callable[[str], str]
 
 
-def ignorable(name: str) -> bool:
-    """Tensors in published files that the model computes for itself."""
-    return _IGNORED.fullmatch(name) is not None
+def ignorer(spec: ModelSpec) -> Callable[[str], bool]:
+    """Whether a tensor without a place may be left over: the model computes it, or it repeats the tied embedding."""
+
+    def ignorable(name: str) -> bool:
+        return _IGNORED.fullmatch(name) is not None or (spec.tie_embeddings and name == "lm_head.weight")
+
+    return ignorable
 
 
 def placer(spec: ModelSpec, names: Container[str], spelling: Spelling = str) -> Place:

@@ -67,7 +67,7 @@ def _refuse_unread(fields: Fields, reader: Fields) -> None:
             raise refused(reader.family, name, value, ", ".join(_READ.split()))
 
 
-def _llama3(reader: Fields) -> dict[str, float]:
+def _llama3(reader: Fields) -> dict[str, Any]:
     low, high = reader.number("low_freq_factor"), reader.number("high_freq_factor")
     if high <= low:
         raise ModelError(f"{reader.family}: high_freq_factor {high:g} must be above low_freq_factor {low:g}.")

@@ -1,0 +1,21 @@
+"""Checkpoints as audited streams of named pieces: bytes and tensors, never a model class."""
+
+from .dummy import dummy_slots
+from .headers import Checkpoint, TensorEntry, open_checkpoint
+from .loader import load_slots
+from .reader import same_values
+from .resolve import read_config, resolve_directory
+from .slots import Allocate, Keep
+
+__all__ = [
+    "Allocate",
+    "Checkpoint",
+    "Keep",
+    "TensorEntry",
+    "dummy_slots",
+    "load_slots",
+    "open_checkpoint",
+    "read_config",
+    "resolve_directory",
+    "same_values",
+]

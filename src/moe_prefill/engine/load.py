@@ -1,0 +1,108 @@
+"""A model's weights, from a checkpoint or made up, as the mathematics reads them: where models and checkpoints meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..checkpoint import (
+    Allocate,
+    Checkpoint,
+    Keep,
+    dummy_slots,
+    load_slots,
+    open_checkpoint,
+    read_config,
+    resolve_directory,
+    same_values,
+)
+from ..core import ModelSpec
+from ..errors import UsageError
+from ..models import family, preset, preset_names, spec_from_hf
+from ..models.common.config import declared_dtype
+from ..models.common.names import ignorer, required
+from ..models.weights import ExpertBank, ModelWeights, bank_shapes, slot_shapes, weights_from_slots
+
+LoadFormat = Literal["safetensors", "dummy"]
+Slots = dict[str, torch.Tensor]
+Loaded = tuple[ModelSpec, ModelWeights, list[ExpertBank | None]]
+
+
+def load_weights(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    load_format: LoadFormat = "safetensors",
+    seed: int = 0,
+    skew: float = 1.0,
+    num_layers: int | None = None,
+    allocate: Allocate | None = None,
+    keep: Keep | None = None,
+) -> Loaded:
+    """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
+
+    ``source`` is a model directory or hub id; with ``dummy`` also the name of a preset. ``allocate`` decides where a
+    slot lives (banks are ``banks.<layer>.gate_up`` and ``.down``); without it all go to ``device``, in ``dtype`` or the
+    published one. ``keep`` is asked for banks only: which of the layer's experts to hold, possibly none. ``seed``,
+    ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device`` wherever
+    they end up.
+    """
+    spec, checkpoint = open_model(source, load_format, num_layers)
+    allocate = allocate or _allocator(dtype or getattr(torch, spec.dtype), torch.device(device))
+    shapes, keep = slot_shapes(spec) | bank_shapes(spec), _banks_only(keep)
+    if checkpoint is None:
+        slots = dummy_slots(shapes, allocate, seed=seed, skew=skew, top_k=spec.top_k, device=device, keep=keep)
+    else:
+        place = family(spec.family).placer(spec, checkpoint.entries)
+        slots = load_slots(checkpoint, shapes, place, required(spec), allocate, ignore=ignorer(spec), keep=keep)
+    return spec, weights_from_slots(spec, slots), [_bank(slots, layer) for layer in range(spec.num_layers)]
+
+
+def open_model(
+    source: str | Path, load_format: LoadFormat = "safetensors", num_layers: int | None = None
+) -> tuple[ModelSpec, Checkpoint | None]:
+    """The spec of a model and, unless its weights are made up, its checkpoint; reads no tensor but tied embeddings."""
+    if load_format == "dummy":
+        spec = spec_from_hf(_config_without_weights(source))
+        return replace(spec, layers=spec.layers[: num_layers or spec.num_layers]), None
+    if num_layers is not None:
+        raise UsageError(f"num_layers {num_layers} needs dummy weights; a checkpoint is loaded whole.")
+    directory = resolve_directory(source)
+    config = read_config(directory)
+    spec, checkpoint = spec_from_hf(config), open_checkpoint(directory)
+    return _as_stored(spec, declared_dtype(config), checkpoint), checkpoint
+
+
+def _config_without_weights(source: str | Path) -> dict[str, object]:
+    is_preset = str(source).rpartition("/")[2].casefold() in {name.casefold() for name in preset_names()}
+    if is_preset and not Path(source).is_dir():
+        return preset(str(source))
+    return read_config(resolve_directory(source, weights=False))
+
+
+def _as_stored(spec: ModelSpec, declared: str | None, checkpoint: Checkpoint) -> ModelSpec:
+    """As in the reference: a dtype left out of the config is the stored one, embeddings that differ are not tied."""
+    dtype = spec.dtype if declared else checkpoint.dtype or spec.dtype
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    names = [name for name in checkpoint.entries if name.removeprefix("model.") in ends]
+    differ = spec.tie_embeddings and len(names) == 2 and not same_values(checkpoint, *names)
+    return replace(spec, dtype=dtype, tie_embeddings=spec.tie_embeddings and not differ)
+
+
+def _allocator(dtype: torch.dtype, device: torch.device) -> Allocate:
+    return lambda slot, shape: torch.empty(shape, dtype=dtype, device=device)
+
+
+def _banks_only(keep: Keep | None) -> Keep | None:
+    if keep is None:
+        return None
+    return lambda slot, shape: keep(slot, shape) if slot.startswith("banks.") else range(shape[0])
+
+
+def _bank(slots: Slots, layer: int) -> ExpertBank | None:
+    gate_up, down = slots.get(f"banks.{layer}.gate_up"), slots.get(f"banks.{layer}.down")
+    return None if gate_up is None or down is None else ExpertBank(gate_up, down)
