@@ -59,13 +59,16 @@ class CutRule:
     """Safe places to cut.
 
     ``marks``: the tokenizer writes spaces as word marks; ``prepends``: and puts one in front itself. ``line_breaks``
-    allows cuts before a line break too. ``starts`` are the first characters of added tokens.
+    allows cuts before a line break too. ``alone``: a space or break is cut at only where no other follows, for longer
+    runs are added tokens. ``starts`` and ``ends`` are the first and last characters of added tokens.
     """
 
     marks: bool
     prepends: bool
     line_breaks: bool
+    alone: bool
     starts: frozenset[str] = frozenset()
+    ends: frozenset[str] = frozenset()
 
     def last(self, text: str, stop: int) -> int:
         """The largest safe cut p with ``0 < p < stop``, or 0 where there is none. Looks at ``text[:p + 2]`` only."""
@@ -87,31 +90,37 @@ class CutRule:
         before = text[p - 1]
         if before.isspace() or (self.marks and before == MARK):
             return False
+        if self.alone and (p + 1 >= stop or text[p + 1].isspace()):
+            return False
         if text[p] == "\n":
             return unicodedata.category(before)[0] in "LN" and not unicodedata.decomposition(before)
         if self.prepends:
-            # The window must not be empty, nor start with an added token, whose own segment would lose the space.
-            return p + 1 < stop and text[p + 1] not in self.starts
+            # A mark goes in front of every segment between added tokens: next to one, the space and the mark would
+            # not be the same. Nor may the window be empty, which gets no mark.
+            return p + 1 < stop and text[p + 1] not in self.starts and before not in self.ends
         return True
 
 
 def make_cut_rule(backend: tokenizers.Tokenizer) -> CutRule | None:
     """The rule for this tokenizer, or None where none is proven."""
     added = list(backend.get_added_tokens_decoder().values())
-    if any(_holds_space(token.content) or token.single_word or token.lstrip or token.rstrip for token in added):
+    runs = [token for token in added if len(token.content) > 1 and token.content.isspace()]
+    others = [token for token in added if token not in runs]
+    if any(_holds_space(token.content) or token.single_word or token.lstrip or token.rstrip for token in others):
         return None
     layout = _layout(backend)
     if layout["model"] != "BPE":
         return None
     normalizers, splitters = _flatten(layout["normalizer"]), _flatten(layout["pre_tokenizer"])
-    starts = frozenset(token.content[0] for token in added if token.content)
     if all(step["type"] == "NFC" for step in normalizers) and _is_byte_level(splitters):
         line_breaks = not any(step.get("add_prefix_space") for step in splitters)
-        return CutRule(marks=False, prepends=False, line_breaks=line_breaks)
+        return CutRule(marks=False, prepends=False, line_breaks=line_breaks, alone=bool(runs))
     mark_free = not any(MARK in token.content for token in added)
-    if _writes_marks(normalizers, splitters) and mark_free and not _mark_inside_token(backend):
+    if _writes_marks(normalizers, splitters) and not runs and mark_free and not _mark_inside_token(backend):
         prepends = any(step["type"] == "Prepend" for step in normalizers)
-        return CutRule(marks=True, prepends=prepends, line_breaks=False, starts=starts)
+        starts = frozenset(token.content[0] for token in added if token.content)
+        ends = frozenset(token.content[-1] for token in added if token.content)
+        return CutRule(marks=True, prepends=prepends, line_breaks=False, alone=False, starts=starts, ends=ends)
     return None
 
 
@@ -158,7 +167,8 @@ def _splits_at_spaces(step: Mapping[str, Any]) -> bool:
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """Split an expression at its top-level bars."""
+    """Split an expression at its top-level bars; line breaks that stand for themselves are written out."""
+    pattern = pattern.replace("\r", r"\r").replace("\n", r"\n")
     options, depth, start, i = [], 0, 0, 0
     in_class = False
     while i < len(pattern):
