@@ -1,7 +1,7 @@
 """Jobs: a task over a table, window by window, resumable; free of torch."""
 
 from .counts import Counts
-from .fingerprint import model_fingerprint, tokenizer_fingerprint
+from .fingerprint import model_fingerprint
 from .merge import merge_shards
 from .metrics import Metrics, compute_metrics
 from .output import FileOutput, Output, StreamOutput, sidecar_path
@@ -29,5 +29,4 @@ __all__ = [
     "model_fingerprint",
     "run_job",
     "sidecar_path",
-    "tokenizer_fingerprint",
 ]

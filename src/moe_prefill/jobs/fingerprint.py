@@ -1,4 +1,4 @@
-"""Names for models and tokenizers by what their files hold, cheap enough to compute at every start."""
+"""Names for models by what their files hold, cheap enough to compute at every start."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each weight file: tells two trainings of one architecture apart
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def model_fingerprint(directory: Path) -> str:
@@ -25,13 +16,6 @@ def model_fingerprint(directory: Path) -> str:
     for path in sorted(directory.glob("*.safetensors")):
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         _add_samples(digest, path)
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(directory: Path) -> str:
-    """Digest of the files that decide how text becomes ids, the chat template included."""
-    digest = hashlib.sha256()
-    _add_files(digest, [directory / name for name in _TOKENIZER_FILES])
     return digest.hexdigest()
 
 

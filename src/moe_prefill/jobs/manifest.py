@@ -47,6 +47,7 @@ def job_identity(
         "task.kind": task.name,
         "task.digest": task.digest,
         "engine.plan": engine.plan_digest,
+        "engine.max_sweep_tokens": engine.limits.max_sweep_tokens,
         **{f"model.{name}": value for name, value in model.items()},
         "output.format": output_format,
         "output.columns": [f"{column.name}: {column.kind}" for column in columns],

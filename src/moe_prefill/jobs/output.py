@@ -62,6 +62,13 @@ class FileOutput:
         with refusals_named(self.parts.path):
             self.parts.path.mkdir(exist_ok=True)
             self._lock = Lock(self.parts.path / LOCK)
+        try:
+            self._start(resume=resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _start(self, *, resume: bool) -> None:
         self.resuming = resume and self.parts.manifest.exists()  # asked again: we hold the lock only now
         if not self.resuming:
             self.parts.clear(keep_lock=True)
@@ -91,6 +98,16 @@ class FileOutput:
     def spool_path(self, suffix: str) -> Path:
         """Where standard input is kept, so that it can be read twice and resumed."""
         return self.parts.path / f"input{suffix}"
+
+    def recorded(self, name: str) -> object:
+        """A field of the identity of the job that is resumed, or None where a job starts."""
+        if self.resuming:
+            return read_json(self.parts.manifest).get(name)
+        if self._finished_before and sidecar_path(self.path).exists():
+            identity = read_json(sidecar_path(self.path))["identity"]
+            assert isinstance(identity, dict)
+            return identity.get(name)
+        return None
 
     def begin(self, identity: Identity, writer: TableWriter, needed_bytes: int) -> dict[int, Counts]:
         self._writer, self._identity = writer, identity
@@ -164,10 +181,12 @@ class FileOutput:
 
     def close(self) -> None:
         """Release the output. A directory with nothing to resume is removed."""
-        if not self._removed and not self.parts.manifest.exists():
-            with suppress(OutputError):
-                self.parts.clear(keep_lock=False)
-        self._lock.release()
+        try:
+            if not self._removed and not self.parts.manifest.exists():
+                with suppress(OutputError):
+                    self.parts.clear(keep_lock=False)
+        finally:
+            self._lock.release()
 
 
 class StreamOutput:

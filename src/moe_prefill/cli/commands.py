@@ -1,0 +1,211 @@
+"""The task commands: options in, a finished job out."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import EngineConfig
+from ..core import EngineLimits
+from ..errors import InputError, TaskError, UsageError
+from ..jobs import (
+    FileOutput,
+    JobConfig,
+    Output,
+    Shard,
+    StreamOutput,
+    Summary,
+    check_columns,
+    model_fingerprint,
+    run_job,
+)
+from ..jobs.answers import error_column
+from ..jobs.spool import spool
+from ..jobs.tables import Format, Table, check_format, choose_format, find_files, format_of, open_table
+from ..tasks import TaskConfig, build_task, config_from_mapping, read_task_file
+from ..tasks.taskfile import CONFIGS
+from .fields import given
+from .flags import RunOptions
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+
+_UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A command line, read and typed."""
+
+    kind: str
+    source: str
+    run: RunOptions
+    shard: Shard
+    task: TaskConfig
+    engine: EngineConfig
+
+    @classmethod
+    def read(cls, kind: str, source: str, values: dict[str, Any]) -> Request:
+        """Type the options; those given beside a task file win over it. Raises UsageError and TaskError."""
+        run = RunOptions(**given(values, RunOptions))
+        if values.get("model") is None:
+            raise UsageError("--model is needed: a directory or a hub id")
+        if run.limit is not None and run.limit < 1:
+            raise UsageError(f"--limit is {run.limit}; it must be at least 1")
+        engine = EngineConfig(**given(values, EngineConfig))
+        shard = Shard.parse(run.shard) if run.shard else Shard()
+        task = _task_config(kind, values, run.task)
+        return cls(kind=kind, source=source, run=run, shard=shard, task=task, engine=engine)
+
+    @property
+    def output_format(self) -> Format:
+        """From --output-format, else from the output's name; JSONL on standard output."""
+        if self.run.output_format is not None:
+            return check_format(self.run.output_format)
+        if self.run.output in (None, "-"):
+            return "jsonl"
+        found = format_of(Path(str(self.run.output)), gzip=False)
+        if found is None:
+            raise UsageError(
+                f"-o {self.run.output}: the name does not say the format; give --output-format csv|tsv|jsonl|parquet"
+            )
+        return found
+
+
+def run_task(kind: str, source: str, values: dict[str, Any]) -> None:
+    """Run one of the task commands."""
+    from .dry_run import show
+    from .report import report
+
+    request = Request.read(kind, source, values)
+    if request.run.dry_run:
+        with _files(request) as files:
+            show(request, _open(request, files), _tokenizer(request))
+        return
+    with closing(_output(request)) as output, _files(request, output) as files:
+        report(_run(request, output, _open(request, files)), request.run)
+
+
+def _run(request: Request, output: Output, table: Table) -> Summary:
+    from ..engine import build_engine
+    from .progress import observer_for
+
+    tokenizer = _tokenizer(request)
+    early_check(request, table, tokenizer)
+    with closing(build_engine(_engine_config(request, output))) as engine, observer_for(request.run) as observer:
+        return run_job(
+            table,
+            build_task(request.task, tokenizer, engine.limits, table.columns),
+            engine,
+            output,
+            _job_config(request),
+            model=_model_identity(request, tokenizer),
+            output_name=str(request.run.output),
+            observer=observer,
+        )
+
+
+def early_check(request: Request, table: Table, tokenizer: Tokenizer) -> None:
+    """Find what is wrong with task and columns before the weights are loaded, which can take minutes."""
+    limits = EngineLimits(max_request_tokens=_UNBOUNDED, max_sweep_tokens=_UNBOUNDED, vocab_size=tokenizer.vocab_size)
+    task = build_task(request.task, tokenizer, limits, table.columns)
+    added = (*task.columns, error_column(request.task.output_prefix))
+    check_columns(table, task, added, request.run.label_column)
+
+
+def _task_config(kind: str, values: dict[str, Any], path: str | None) -> TaskConfig:
+    options = given(values, CONFIGS[kind])
+    if path is None:
+        return config_from_mapping(kind, options)
+    in_file, keys = read_task_file(path)
+    if in_file != kind:
+        raise TaskError(f"{path}: is a task of kind {in_file!r}; run `moe-prefill {in_file}`")
+    return config_from_mapping(kind, {**keys, **options}, path)
+
+
+def _output(request: Request) -> FileOutput | StreamOutput:
+    run = request.run
+    if run.output is None:
+        raise UsageError("-o OUTPUT is needed: a file, or - for standard output")
+    kind = request.output_format
+    if run.output != "-":
+        return FileOutput(Path(run.output), resume=run.resume, overwrite=run.overwrite)
+    if kind == "parquet" or run.resume or run.shard:
+        raise UsageError("standard output takes CSV, TSV and JSONL, without --resume and --shard; give -o FILE")
+    return StreamOutput()
+
+
+@contextmanager
+def _files(request: Request, output: Output | None = None) -> Iterator[list[Path]]:
+    """The input's files; standard input is kept with the parts, where it can be resumed, else for this run only."""
+    if request.source != "-":
+        files = find_files(request.source)
+        if isinstance(output, FileOutput) and any(path.resolve() == output.path for path in files):
+            raise InputError(f"{output.path}: is among the input files; write the output elsewhere")
+        yield files
+        return
+    suffix = f".{_stdin_format(request)}"
+    if isinstance(output, FileOutput):
+        yield [spool(sys.stdin.buffer, output.spool_path(suffix))]
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield [spool(sys.stdin.buffer, Path(directory) / f"input{suffix}")]
+
+
+def _stdin_format(request: Request) -> Format:
+    if request.run.input_format is None:
+        raise UsageError("standard input needs --format csv|tsv|jsonl|parquet")
+    return check_format(request.run.input_format)
+
+
+def _open(request: Request, files: list[Path]) -> Table:
+    return open_table(
+        files,
+        choose_format(files, request.run.input_format),
+        limit=request.run.limit,
+        window_rows=request.run.window_rows,
+        infer_schema=request.output_format == "parquet",
+    )
+
+
+def _tokenizer(request: Request) -> Tokenizer:
+    from ..checkpoint import resolve_directory
+    from ..text import Tokenizer
+
+    return Tokenizer.from_directory(resolve_directory(request.run.tokenizer or request.engine.model, weights=False))
+
+
+def _engine_config(request: Request, output: Output) -> EngineConfig:
+    """A resumed job takes the sweep size that it started with: the plan may find other free memory today."""
+    recorded = output.recorded("engine.max_sweep_tokens") if isinstance(output, FileOutput) else None
+    if request.engine.max_sweep_tokens is None and isinstance(recorded, int):
+        return replace(request.engine, max_sweep_tokens=recorded)
+    return request.engine
+
+
+def _job_config(request: Request) -> JobConfig:
+    labels = getattr(request.task, "labels", None)
+    return JobConfig(
+        output_format=request.output_format,
+        prefix=request.task.output_prefix,
+        shard=request.shard,
+        window_rows=request.run.window_rows,
+        label_column=request.run.label_column,
+        labels=tuple(label.name for label in labels) if labels else None,
+    )
+
+
+def _model_identity(request: Request, tokenizer: Tokenizer) -> dict[str, str]:
+    from ..checkpoint import resolve_directory
+
+    engine = request.engine
+    if engine.load_format == "dummy":
+        weights = f"dummy {engine.model} layers={engine.num_layers} seed={engine.seed} skew={engine.dummy_skew}"
+    else:
+        weights = model_fingerprint(resolve_directory(engine.model))
+    return {"weights": weights, "tokenizer": tokenizer.fingerprint}

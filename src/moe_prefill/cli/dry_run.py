@@ -1,0 +1,103 @@
+"""What a job would ask, without weights: prompts with their tokens and boundaries, and how many tokens there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from ..core import EngineLimits, PreparedRow
+from ..errors import RowError
+from ..jobs import check_columns
+from ..jobs.answers import error_column
+from ..jobs.tables import Table
+from ..tasks import Preview, Task, build_task
+from .progress import duration
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+    from .commands import Request
+
+_SHOWN_ROWS = 3
+_SAMPLE_ROWS = 256
+_TAIL_TOKENS = 48  # of a context that is shown; its start is rarely in doubt
+_RATES = (1_000, 10_000, 100_000)  # tokens/s of the time table
+
+
+def show(request: Request, table: Table, tokenizer: Tokenizer) -> None:
+    """Print the first prompts, the size of a sample, and what it says of the whole table."""
+    console = Console(highlight=False)
+    task = build_task(request.task, tokenizer, _limits(request, tokenizer), table.columns)
+    check_columns(table, task, (*task.columns, error_column(request.task.output_prefix)), request.run.label_column)
+    batch = next(table.read(0, [min(_SAMPLE_ROWS, table.num_rows)], task.placeholders))
+    absent = dict.fromkeys(task.placeholders)
+    prepared = task.prepare([{**absent, **row} for row in batch.rows])
+    for index, row in enumerate(prepared[:_SHOWN_ROWS]):
+        _show_row(console, index, row, task, tokenizer)
+    _show_size(console, table, prepared)
+
+
+def _limits(request: Request, tokenizer: Tokenizer) -> EngineLimits:
+    """The longest request of the model itself; a memory plan, made where the job runs, may allow less."""
+    longest = _max_positions(request) or 2**31 - 1
+    return EngineLimits(max_request_tokens=longest, max_sweep_tokens=longest, vocab_size=tokenizer.vocab_size)
+
+
+def _max_positions(request: Request) -> int | None:
+    from ..checkpoint import read_config, resolve_directory
+
+    if request.engine.load_format == "dummy":
+        return None
+    config = read_config(resolve_directory(request.engine.model, weights=False))
+    value = config.get("max_position_embeddings")
+    return value if isinstance(value, int) else None
+
+
+def _show_row(console: Console, index: int, row: PreparedRow | RowError, task: Task, tokenizer: Tokenizer) -> None:
+    console.print(f"\nrow {index + 1}", style="bold")
+    if isinstance(row, RowError):
+        console.print(f"error {row.code}: {row}", style="red", markup=False)
+        return
+    if row.notes:
+        console.print(f"notes: {', '.join(row.notes)}", markup=False)
+    for preview in task.preview(row):
+        console.print(_prompt(preview, tokenizer), soft_wrap=True)
+
+
+def _prompt(preview: Preview, tokenizer: Tokenizer) -> Text:
+    """Tokens of the context's end in alternating colours, then each candidate after the boundary."""
+    ids = preview.context.tolist()
+    hidden = max(0, len(ids) - _TAIL_TOKENS)
+    text = Text(f"context, {len(ids):,} tokens: " + (f"[{hidden:,} tokens] " if hidden else ""))
+    _add_tokens(text, ids[hidden:], tokenizer)
+    for name, candidate in preview.candidates:
+        text.append("\n  boundary ")
+        _add_tokens(text, candidate, tokenizer)
+        text.append(f"  <- {name!r}, {len(candidate)} token{'s' * (len(candidate) != 1)}", style="dim")
+    return text
+
+
+def _add_tokens(text: Text, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    for index, token in enumerate(ids):
+        text.append("|", style="bright_black")
+        text.append(tokenizer.token_string(int(token)), style="cyan" if index % 2 else "green")
+    text.append("|", style="bright_black")
+
+
+def _show_size(console: Console, table: Table, prepared: Sequence[PreparedRow | RowError]) -> None:
+    good = [row for row in prepared if isinstance(row, PreparedRow)]
+    errors = len(prepared) - len(good)
+    lengths = [len(request.tokens) for row in good for request in row.requests]
+    console.print(f"\n{table.num_rows:,} rows; of the first {len(prepared):,}, {errors:,} have errors")
+    if not lengths:
+        return
+    total = sum(lengths) * table.num_rows // len(prepared)
+    console.print(
+        f"{len(lengths) / len(good):.1f} requests a row, {sum(lengths) / len(lengths):,.0f} tokens a request (longest "
+        f"{max(lengths):,}); about {total:,} tokens in all, before prefixes are shared",
+        soft_wrap=True,
+    )
+    times = ", ".join(f"{duration(total / rate)} at {rate:,} tokens/s" for rate in _RATES)
+    console.print(f"time: not known without a measured rate; {times}", soft_wrap=True)

@@ -1,0 +1,98 @@
+"""Names and help of every option. Types and defaults come from the config dataclasses (see ``fields``)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .fields import Flag
+
+_PROMPT, _ANSWER, _ENGINE = "Prompt", "Task", "Engine"
+
+TASK_FLAGS = {
+    "template": Flag(help="Prompt with {column} placeholders.", panel=_PROMPT),
+    "text_column": Flag(help="The column that the built-in prompt reads.", panel=_PROMPT),
+    "system": Flag(help="System message, with --chat.", panel=_PROMPT),
+    "chat": Flag(help="Apply the model's chat template, thinking off.", panel=_PROMPT),
+    "chat_date": Flag(help="The day (ISO) that a chat template sees as today.", panel=_PROMPT),
+    "label_prefix": Flag(help="Text between the context and every candidate.", panel=_PROMPT),
+    "boundary": Flag(help="Where a label merges with the context: strict (row error) or split.", panel=_PROMPT),
+    "truncate": Flag(help="Which end of a text that is too long is cut: error, left, right or middle.", panel=_PROMPT),
+    "output_prefix": Flag(help="Put this before the names of the added columns.", names=("--prefix",)),
+    "labels": Flag(help="The classes: a,b,c or a JSON list.", panel=_ANSWER),
+    "normalize": Flag(help="Probabilities over the candidates or over the vocabulary.", panel=_ANSWER),
+    "length_normalize": Flag(help="Divide a label's log-probability by its number of tokens.", panel=_ANSWER),
+    "label_end": Flag(help='Text that closes every label, or "<eos>".', panel=_ANSWER),
+    "options": Flag(help="The options, the same for every row.", panel=_ANSWER),
+    "option_columns": Flag(help="Columns that hold one option each.", panel=_ANSWER),
+    "options_column": Flag(help="The column that holds the list of options.", panel=_ANSWER),
+    "identifiers": Flag(help="Name the options by letters or digits.", panel=_ANSWER),
+    "candidates": Flag(help="The candidates, the same for every row.", panel=_ANSWER),
+    "candidates_column": Flag(help="The column that holds the list of candidates.", panel=_ANSWER),
+    "yes": Flag(help="The word that accepts a candidate.", panel=_ANSWER),
+    "no": Flag(help="The word that rejects a candidate.", panel=_ANSWER),
+    "threshold": Flag(help="Accept candidates from this probability on.", panel=_ANSWER),
+    "top_n": Flag(help="Keep the best N candidates only.", panel=_ANSWER),
+    "continuation": Flag(help="The text that is scored, with {column} placeholders.", panel=_ANSWER),
+    "token_ids_column": Flag(help="The column that holds prompts as token ids.", panel=_ANSWER),
+    "positions_column": Flag(help="The column that holds the asked positions.", panel=_ANSWER),
+    "candidate_ids_column": Flag(help="The column that holds the ids to score at each position.", panel=_ANSWER),
+    "top_k": Flag(help="Also give the K most likely tokens of each position.", panel=_ANSWER),
+}
+
+ENGINE_FLAGS = {
+    "model": Flag(
+        help="Model directory or hub id (with --load-format dummy: also a preset's name).", names=("--model", "-m")
+    ),
+    "device": Flag(help="auto, cpu or cuda.", panel=_ENGINE),
+    "dtype": Flag(help="auto, float32 or bfloat16.", panel=_ENGINE),
+    "load_format": Flag(help="dummy makes random weights, for speed tests.", panel=_ENGINE),
+    "seed": Flag(help="Seed of dummy weights.", panel=_ENGINE),
+    "dummy_skew": Flag(help="How unevenly dummy routers choose experts.", panel=_ENGINE),
+    "num_layers": Flag(help="Depth of a dummy model.", panel=_ENGINE),
+    "sharing": Flag(help="Compute common prefixes once: auto (where it pays), off, or force.", panel=_ENGINE),
+    "max_sweep_tokens": Flag(help="Tokens of one sweep; default: what the memory plan allows.", panel=_ENGINE),
+    "memory_gib": Flag(help="Device memory to use.", panel=_ENGINE),
+    "host_gib": Flag(help="Host memory to use.", panel=_ENGINE),
+    "threads": Flag(help="CPU threads.", panel=_ENGINE),
+}
+
+JOB_FLAGS = {
+    "output": Flag(
+        help="Output file (.csv, .tsv, .jsonl, .parquet), or - for standard output.", names=("--output", "-o")
+    ),
+    "task": Flag(help="Task file (TOML); options given beside it win.", metavar="FILE.toml"),
+    "tokenizer": Flag(help="Directory or hub id of the tokenizer; default: the model's."),
+    "input_format": Flag(help="Format of the input where its name does not say it.", names=("--format",)),
+    "output_format": Flag(help="Format of the output where its name does not say it."),
+    "limit": Flag(help="Only the first N rows."),
+    "shard": Flag(help="This host's part of the job, for example 1/8; see merge.", metavar="I/N"),
+    "resume": Flag(help="Go on with a job that was stopped.", names=("--resume",)),
+    "overwrite": Flag(help="Replace an output, or parts of an earlier job.", names=("--overwrite",)),
+    "label_column": Flag(help="Column with the right answers: prints accuracy, F1 and a confusion table."),
+    "window_rows": Flag(help="Rows of a window at most; default: from the engine's plan."),
+    "dry_run": Flag(help="Show prompts, tokens and boundaries; compute nothing.", names=("--dry-run",)),
+    "quiet": Flag(help="No progress and no summary.", names=("--quiet", "-q")),
+    "json": Flag(help="Progress and summary as JSON lines.", names=("--json",)),
+    "debug": Flag(help="Show the traceback of an error.", names=("--debug",)),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Options of a run that are neither the task's nor the engine's."""
+
+    output: str | None = None
+    task: str | None = None
+    tokenizer: str | None = None
+    input_format: str | None = None
+    output_format: str | None = None
+    limit: int | None = None
+    shard: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    label_column: str | None = None
+    window_rows: int | None = None
+    dry_run: bool = False
+    quiet: bool = False
+    json: bool = False
+    debug: bool = False
