@@ -14,9 +14,9 @@ Sharing = Literal["auto", "off", "force"]
 class EngineConfig:
     """How to build an engine. ``None`` means: decided by the memory plan or the machine.
 
-    ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is ``auto`` (share a
-    prefix where it pays), ``off``, or ``force`` (every common token once, for tests). ``memory_gib`` bounds the device's memory,
-    ``host_gib`` the host's.
+    ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is
+    ``auto`` (share a prefix where it pays), ``off``, or ``force`` (every common token once, for tests).
+    ``memory_gib`` bounds the device's memory, ``host_gib`` the host's.
     """
 
     model: str
@@ -27,6 +27,7 @@ class EngineConfig:
     dummy_skew: float | None = None
     num_layers: int | None = None  # dummy weights only: a model of reduced depth
     sharing: Sharing = "auto"
+    prune_last: bool = True  # the last layer computes only what is read; False for measurements
     max_sweep_tokens: int | None = None
     memory_gib: float | None = None
     host_gib: float | None = None

@@ -22,8 +22,8 @@ Float32Array = npt.NDArray[np.float32]
 class RopeSpec:
     """Rotary position embedding of a model.
 
-    ``kind`` is one of the transformers names. ``factor`` stretches positions; the other fields are read only by the kinds
-    that know them. ``dim`` is the number of channels of a head that rotate.
+    ``kind`` is one of the transformers names. ``factor`` stretches positions; the other fields are read only by the
+    kinds that know them. ``dim`` is the number of channels of a head that rotate.
     """
 
     kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
@@ -76,7 +76,9 @@ class ModelSpec:
     out_bias: bool = False
     clip_qkv: float | None = None
     norm_topk_prob: bool = True
-    router_weights_float32: bool = False  # Mixtral keeps the routing weights in float32, the others in the model's dtype
+    router_weights_float32: bool = (
+        False  # Mixtral keeps the routing weights in float32, the others in the model's dtype
+    )
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # as published
 
@@ -103,10 +105,10 @@ class AtomicRequest:
     """One token sequence and what is asked of it: the unit that the engine computes (paper section 3.1).
 
     ``tokens`` int32 [T]. ``positions`` int32 [A], strictly increasing: the indices of ``tokens`` whose next-token
-    distribution is asked. ``ids`` int32 [C] with ``id_offsets`` int32 [A + 1]: the candidate ids of asked position a are
-    ``ids[id_offsets[a]:id_offsets[a + 1]]`` (possibly none). ``vocabulary`` asks for the log-partition over the whole
-    vocabulary at every asked position; ``top_k`` for that many most likely tokens (needs ``vocabulary``). ``salt``: requests with
-    different salts never share computed state.
+    distribution is asked. ``ids`` int32 [C] with ``id_offsets`` int32 [A + 1]: the candidate ids of asked position a
+    are ``ids[id_offsets[a]:id_offsets[a + 1]]`` (possibly none). ``vocabulary`` asks for the log-partition over the
+    whole vocabulary at every asked position; ``top_k`` for that many most likely tokens (needs ``vocabulary``).
+    ``salt``: requests with different salts never share computed state.
     """
 
     tokens: Int32Array
@@ -118,11 +120,14 @@ class AtomicRequest:
     salt: str = ""
 
     def __post_init__(self) -> None:
-        assert self.tokens.ndim == 1 and len(self.tokens) > 0, self.tokens.shape
+        assert self.tokens.ndim == 1, self.tokens.shape
+        assert len(self.tokens) > 0, "a request has at least one token"
         assert len(self.positions) > 0, "a request asks for at least one position"
         assert len(self.id_offsets) == len(self.positions) + 1, (len(self.id_offsets), len(self.positions))
-        assert self.id_offsets[0] == 0 and self.id_offsets[-1] == len(self.ids), (self.id_offsets, len(self.ids))
-        assert 0 <= self.positions[0] and self.positions[-1] < len(self.tokens), (self.positions, len(self.tokens))
+        assert self.id_offsets[0] == 0, self.id_offsets
+        assert self.id_offsets[-1] == len(self.ids), (self.id_offsets, len(self.ids))
+        assert self.positions[0] >= 0, self.positions
+        assert self.positions[-1] < len(self.tokens), (self.positions, len(self.tokens))
         assert self.top_k == 0 or self.vocabulary, "top_k needs the log-partition"
 
     @classmethod
@@ -142,9 +147,7 @@ class AtomicRequest:
         full = _int32(tokens)
         assert 1 <= start < len(full), (start, len(full))
         asked = np.arange(start - 1, len(full) - 1, dtype=np.int32)
-        return cls(
-            full[:-1], asked, full[start:].copy(), np.arange(len(asked) + 1, dtype=np.int32), True, top_k, salt
-        )
+        return cls(full[:-1], asked, full[start:].copy(), np.arange(len(asked) + 1, dtype=np.int32), True, top_k, salt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,8 +201,8 @@ class ScoringEngine(Protocol):
 
     ``score`` answers every request with a result or with the RowError that belongs to it (for example, too long), and
     never raises for one request's sake. The sweeps that it forms depend only on the list it is given, so the same
-    list gives bit-identical results. ``plan_digest`` names everything that may change a result's last bits (kernels, chunk sizes,
-    sweep bounds, thread count, dtype): a resumed job refuses another one.
+    list gives bit-identical results. ``plan_digest`` names everything that may change a result's last bits (kernels,
+    chunk sizes, sweep bounds, thread count, dtype): a resumed job refuses another one.
     """
 
     @property

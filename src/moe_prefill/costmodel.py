@@ -1,8 +1,9 @@
 """True FLOPs: what had to be computed after sharing, 2 a multiply-add. Torch-free.
 
-Counted: QKV, O, router, the routed and shared experts, QK and PV over causal pairs, the LM head rows that were asked. Not counted: embedding,
-norms, pruned work, padding, recomputation, merges. A row at position p of its request sees p + 1 keys (or the window), wherever they were
-computed, so attention depends on positions alone and is exact under sharing.
+Counted: QKV, O, router, the routed and shared experts, QK and PV over causal pairs, the LM head rows that were asked.
+Not counted: embedding, norms, pruned work, padding, recomputation, merges. A row at position p of its request sees p
++ 1 keys (or the window), wherever they were computed, so attention depends on positions alone and is exact under
+sharing.
 """
 
 from __future__ import annotations

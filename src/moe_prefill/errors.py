@@ -53,8 +53,8 @@ class OutputError(MoePrefillError):
 class RowError(MoePrefillError):
     """One row cannot be answered.
 
-    ``code`` is a short stable word for counting (``empty_text``, ``too_long``, ``label_boundary``, ...); the message says
-    what was met, what the limit is and what helps.
+    ``code`` is a short stable word for counting (``empty_text``, ``too_long``, ``label_boundary``, ...); the message
+    says what was met, what the limit is and what helps.
     """
 
     exit_code = 1

@@ -1,9 +1,9 @@
 """The prefix forest: a batch's token sequences as runs of tokens that are computed once.
 
-Requests are sorted, neighbours' common prefixes give a trie, and a rule says which branch points are worth a segment of
-their own. A branch point that is not kept is pushed down: its run is copied into each child. Segments are packed in
-depth-first order, so the descendants of a segment are the contiguous rows right behind it. Numpy only; Python work is per request,
-never per token.
+Requests are sorted, neighbours' common prefixes give a trie, and a rule says which branch points are worth a segment
+of their own. A branch point that is not kept is pushed down: its run is copied into each child. Segments are packed
+in depth-first order, so the descendants of a segment are the contiguous rows right behind it. Numpy only; Python work
+is per request, never per token.
 
 Letters: R requests, S segments, T packed tokens.
 """
@@ -22,9 +22,9 @@ from .core import Int32Array, Int64Array
 class SharingRule:
     """When a branch point becomes a segment of its own. All costs in units of one token's linear work in one layer.
 
-    Sharing a run of n tokens among c children saves ``(c - 1) n`` tokens. It costs every token below one more rectangular
-    attention row and one merge (``merge_cost``), as long as the segment is among the first ``levels`` of its path; deeper ones are
-    gathered instead: their keys are copied into each segment below (``gather_cost`` a key).
+    Sharing a run of n tokens among c children saves ``(c - 1) n`` tokens. It costs every token below one more
+    rectangular attention row and one merge (``merge_cost``), as long as the segment is among the first ``levels`` of
+    its path; deeper ones are gathered instead: their keys are copied into each segment below (``gather_cost`` a key).
     """
 
     min_saved: float = 0.0
@@ -50,9 +50,9 @@ SHARE_EVERYTHING = SharingRule(min_saved=0.5)
 class Forest:
     """Packed segments. ``tokens``, ``positions`` int32 [T]; the other arrays have one entry a segment or a request.
 
-    ``start``, ``stop``: rows of the segment; ``subtree_stop``: end of the rows of its descendants. ``first_position``: position of its
-    first token. ``parent`` is -1 for a root, ``depth`` 0. ``tip`` [R]: the segment that holds the request's last token. ``request_of``
-    [S]: one request that runs through the segment.
+    ``start``, ``stop``: rows of the segment; ``subtree_stop``: end of the rows of its descendants.
+    ``first_position``: position of its first token. ``parent`` is -1 for a root, ``depth`` 0. ``tip`` [R]: the
+    segment that holds the request's last token. ``request_of`` [S]: one request that runs through the segment.
     """
 
     tokens: Int32Array
@@ -93,7 +93,9 @@ class Forest:
         return np.searchsorted(self.stop, rows, side="right").astype(np.int64)
 
     def ancestors_at(self, level: int) -> Int64Array:
-        """For each segment its ancestor at depth ``level``: itself when that is its own depth, -1 when it is shallower."""
+        """For each segment its ancestor at depth ``level``: itself when that is its own depth, -1 when it is
+        shallower.
+        """
         candidates = np.flatnonzero(self.depth == level)
         nearest = np.searchsorted(self.start[candidates], self.start, side="right") - 1
         found = candidates[np.maximum(nearest, 0)] if len(candidates) else np.full(self.num_segments, -1)
@@ -113,7 +115,9 @@ def sort_requests(sequences: Sequence[Int32Array], salts: Sequence[str] | None =
 def common_prefixes(
     sequences: Sequence[Int32Array], order: Sequence[int], salts: Sequence[str] | None = None
 ) -> list[int]:
-    """Length of the prefix that each sorted sequence shares with the one before it (0 for the first, and between salts)."""
+    """Length of the prefix that each sorted sequence shares with the one before it (0 for the first, and between
+    salts).
+    """
     shared = [0] * len(order)
     for index in range(1, len(order)):
         left, right = order[index - 1], order[index]
@@ -177,9 +181,7 @@ def _close(node: _Node) -> None:
     node.segments_below = sum(1 + child.segments_below for child in node.children)
 
 
-def build_forest(
-    sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None = None
-) -> Forest:
+def build_forest(sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None = None) -> Forest:
     """Merge token sequences (int32, none empty) into packed segments; O(R log R) Python work, O(T) numpy work."""
     assert sequences, "a forest needs at least one sequence"
     order = sort_requests(sequences, salts) if rule.share else list(range(len(sequences)))
@@ -268,7 +270,9 @@ class _Packer:
         )
 
     def _place_prefixes(self) -> None:
-        """A request that is a prefix of its successor ends inside the successor's path: find the segment by walking up."""
+        """A request that is a prefix of its successor ends inside the successor's path: find the segment by walking
+        up.
+        """
         for index in range(len(self.tip) - 1, -1, -1):
             if self.tip[index] < 0 or self.end[self.tip[index]] < self.lengths[index]:
                 self.tip[index] = self.tip[index + 1]

@@ -1,15 +1,17 @@
 """Which rows of a packed batch attend to which, as a few variable-length calls.
 
-A row attends causally to its own segment and to all of every ancestor. The first ``levels`` ancestors of a path are rectangular calls, one
-a level for all their descendants, merged by log-sum-exp; deeper ancestors are gathered in front of the segment's own keys
-(the diagonal call). Under a sliding window everything is gathered, so that a path's keys are one contiguous range. Numpy only.
+A row attends causally to its own segment and to all of every ancestor. The first ``levels`` ancestors of a path are
+rectangular calls, one a level for all their descendants, merged by log-sum-exp; deeper ancestors are gathered in
+front of the segment's own keys (the diagonal call). Under a sliding window everything is gathered, so that a path's
+keys are one contiguous range. Numpy only.
 
-A *run* is a contiguous piece of one segment whose rows ask as queries: a whole segment, the part of it that falls into a chunk,
-or, in the last layer, the rows that somebody reads.
+A *run* is a contiguous piece of one segment whose rows ask as queries: a whole segment, the part of it that falls
+into a chunk, or, in the last layer, the rows that somebody reads.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,8 +50,9 @@ class Runs:
 class AttentionCall:
     """One variable-length attention: entry i has queries ``cu_q[i]:cu_q[i+1]`` and keys ``cu_k[i]:cu_k[i+1]``.
 
-    ``first_row``: where the queries begin among the chunk's rows. ``keys``: packed rows of the keys, a slice where they are contiguous.
-    With ``causal`` the last query sees every key, the one before it all but the last, and so on (aligned at the end).
+    ``first_row``: where the queries begin among the chunk's rows. ``keys``: packed rows of the keys, a slice where
+    they are contiguous. With ``causal`` the last query sees every key, the one before it all but the last, and so on
+    (aligned at the end).
     """
 
     first_row: int
@@ -76,8 +79,8 @@ class AttentionCall:
 class Chunk:
     """Query rows that go through the rest of a layer together.
 
-    ``rows``: their packed rows, a slice where contiguous. ``diagonal`` calls cover every row once; ``levels`` calls cover rows again with
-    ancestors' keys, to be merged.
+    ``rows``: their packed rows, a slice where contiguous. ``diagonal`` calls cover every row once; ``levels`` calls
+    cover rows again with ancestors' keys, to be merged.
     """
 
     rows: slice | Int64Array
@@ -90,7 +93,8 @@ def ranges(start: Int64Array, stop: Int64Array) -> Int64Array:
     """Concatenation of ``arange(start[i], stop[i])``."""
     lengths = stop - start
     shift = np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
-    return np.arange(int(lengths.sum()), dtype=np.int64) + shift
+    everything: Int64Array = np.arange(int(lengths.sum()), dtype=np.int64) + shift
+    return everything
 
 
 def all_runs(forest: Forest) -> Runs:
@@ -101,8 +105,8 @@ def all_runs(forest: Forest) -> Runs:
 def asked_runs(forest: Forest, rows: Int64Array) -> Runs:
     """Runs that cover ``rows`` (sorted, unique).
 
-    Many short runs in one segment would each need the keys before them again; where those keys exceed four times the segment, the
-    segment's rows from the first to the last asked one become a single run.
+    Many short runs in one segment would each need the keys before them again; where those keys exceed four times the
+    segment, the segment's rows from the first to the last asked one become a single run.
     """
     segment = forest.segment_of_rows(rows)
     cut = np.flatnonzero((np.diff(rows) != 1) | (np.diff(segment) != 0)) + 1
@@ -141,23 +145,21 @@ def _split_rows(runs: Runs, max_rows: int) -> Iterator[Runs]:
     start = stop - np.diff(cuts, prepend=0)
     pieces = Runs(runs.segment[owner], start, stop)
     edges = [0, *(np.searchsorted(cuts, borders) + 1).tolist(), len(cuts)]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         yield pieces[low:high]
 
 
 def _chunk(forest: Forest, runs: Runs, *, window: int | None, levels: int, max_keys: int) -> Chunk:
-    rectangles = [
-        call
-        for level in range(min(levels, forest.max_depth))
-        for call in _level_calls(forest, runs, level)
-    ]
+    rectangles = [call for level in range(min(levels, forest.max_depth)) for call in _level_calls(forest, runs, level)]
     rows = slice(int(runs.start[0]), int(runs.stop[-1])) if runs.is_contiguous() else runs.rows()
     diagonal = tuple(_diagonal_calls(forest, runs, window=window, levels=levels, max_keys=max_keys))
     return Chunk(rows, runs.num_rows, diagonal, tuple(rectangles))
 
 
 def _level_calls(forest: Forest, runs: Runs, level: int) -> Iterator[AttentionCall]:
-    """Rows below depth ``level`` against their ancestor at that depth: one entry an ancestor, empty entries for the gaps."""
+    """Rows below depth ``level`` against their ancestor at that depth: one entry an ancestor, empty entries for the
+    gaps.
+    """
     ancestor = forest.ancestors_at(level)[runs.segment]
     below = (ancestor >= 0) & (forest.depth[runs.segment] > level)
     if not below.any():

@@ -1,4 +1,4 @@
-"""One upload a sweep: small host arrays are laid into two buffers and copied to the device together."""
+"""One upload a sweep: small host arrays are laid into one buffer a kind and copied to the device together."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Staged:
 
 
 class Staging:
-    """Collects int32 and int64 arrays; ``upload`` moves them in one asynchronous copy a kind."""
+    """Collects flat int32, int64 and float32 arrays; ``upload`` moves them in one asynchronous copy a kind."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, list[np.ndarray]] = {"int32": [], "int64": []}
-        self._sizes = {"int32": 0, "int64": 0}
+        self._arrays: dict[str, list[np.ndarray]] = {"int32": [], "int64": [], "float32": []}
+        self._sizes = {"int32": 0, "int64": 0, "float32": 0}
 
     def add(self, array: np.ndarray) -> Staged:
         kind = array.dtype.name
@@ -33,7 +33,7 @@ class Staging:
         return Staged(kind, begin, begin + len(array))
 
     def upload(self, device: torch.device) -> Uploaded:
-        return Uploaded({kind: tensor for kind, tensor in self._move(device)})
+        return Uploaded(dict(self._move(device)))
 
     def _move(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         for kind, arrays in self._arrays.items():

@@ -11,8 +11,8 @@ Bank = TypeVar("Bank", covariant=True)
 class BankSource(Protocol[Bank]):
     """Hands a sweep its banks in order of layers.
 
-    Between ``acquire(layer)`` and ``release(layer)`` the bank's bytes stay valid for work enqueued on the current stream. ``begin_sweep`` and
-    ``end_sweep`` bracket one pass over all layers, so that a source can fetch ahead.
+    Between ``acquire(layer)`` and ``release(layer)`` the bank's bytes stay valid for work enqueued on the current
+    stream. ``begin_sweep`` and ``end_sweep`` bracket one pass over all layers, so that a source can fetch ahead.
     """
 
     def begin_sweep(self) -> None: ...

@@ -1,6 +1,8 @@
-"""The mathematics of a decoder layer, for every family: which of its parts are there is said by the ModelSpec and the weights.
+"""The mathematics of a decoder layer, for every family: which of its parts are there is said by the ModelSpec and the
+weights.
 
-Letters: T rows, D hidden, H query heads, G key/value heads, d head channels, r rotated channels. No rank, stream or file here.
+Letters: T rows, D hidden, H query heads, G key/value heads, d head channels, r rotated channels. No rank, stream or
+file here.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Decoder:
         """Keys (normalised, rotated) and values [T, G, d] of residual rows."""
         normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
         both = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width)
-        keys, values = both.split(self._kv_width, dim=-1)
-        return self._shape(keys, weights.k_norm, rope), self._clip(values).unflatten(-1, (-1, self.spec.head_dim))
+        keys, values = both[:, : self._kv_width], both[:, self._kv_width :]
+        return self._shape(keys, weights.k_norm, rope), self._heads(self._clip(values))
 
     def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries (normalised, rotated) [T, H, d] of residual rows."""
@@ -79,8 +81,11 @@ class Decoder:
         if self.spec.qk_norm == "full":
             assert norm is not None
             flat, norm = ops.rms_norm(flat, norm, self.spec.norm_eps), None
-        heads = self._clip(flat).unflatten(-1, (-1, self.spec.head_dim))
+        heads = self._heads(self._clip(flat))
         return ops.head_norm_rope(heads, norm, rope.cos, rope.sin, self.spec.norm_eps)
+
+    def _heads(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.view(len(flat), -1, self.spec.head_dim)
 
     def _clip(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.spec.clip_qkv is None else x.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)

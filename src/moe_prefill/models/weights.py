@@ -1,8 +1,9 @@
-"""The tensors of a decoder: their names inside this project (slots), their shapes, and the records that the mathematics reads.
+"""The tensors of a decoder: their names inside this project (slots), their shapes, and the records that the
+mathematics reads.
 
-Letters: D hidden, V vocabulary, H query heads, G key/value heads, d head channels, E experts, I expert size, F dense size,
-S shared-expert size. Projections that read the same input are stored as one matrix: ``qkv`` rows are queries, keys, values;
-``gate_up`` rows are gate, then up.
+Letters: D hidden, V vocabulary, H query heads, G key/value heads, d head channels, E experts, I expert size, F dense
+size, S shared-expert size. Projections that read the same input are stored as one matrix: ``qkv`` rows are queries,
+keys, values; ``gate_up`` rows are gate, then up.
 """
 
 from __future__ import annotations

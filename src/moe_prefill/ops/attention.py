@@ -1,11 +1,12 @@
 """Packed variable-length attention with log-sum-exp out.
 
-Q query rows, K key rows, H query heads, G key/value heads, d channels, N entries. At this boundary log-sum-exp is float32, natural logarithm,
-[Q, H]; a query without keys gives (0, -inf).
+Q query rows, K key rows, H query heads, G key/value heads, d channels, N entries. At this boundary log-sum-exp is
+float32, natural logarithm, [Q, H]; a query without keys gives (0, -inf).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ _MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the pl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
-    """Entry i has queries ``cu_q[i]:cu_q[i+1]`` and keys ``cu_k[i]:cu_k[i+1]``; int32 [N + 1] on the host and on the device."""
+    """Entry i has queries ``cu_q[i]:cu_q[i+1]`` and keys ``cu_k[i]:cu_k[i+1]``; int32 [N + 1] on the host and on the
+    device.
+    """
 
     cu_q: np.ndarray
     cu_k: np.ndarray
@@ -91,7 +94,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
 
-    ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself included.
+    ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself
+    included.
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
@@ -203,5 +207,4 @@ def _rows(start: np.ndarray, length: int, device: torch.device) -> torch.Tensor 
 
 
 def _pairs(offsets: np.ndarray) -> list[tuple[int, int]]:
-    values = offsets.tolist()
-    return list(zip(values[:-1], values[1:], strict=True))
+    return list(itertools.pairwise(offsets.tolist()))

@@ -1,4 +1,6 @@
-"""Where an op runs: Triton kernels on CUDA, plain torch elsewhere. ``MOE_PREFILL_OPS=torch`` forces the plain versions."""
+"""Where an op runs: Triton kernels on CUDA, plain torch elsewhere. ``MOE_PREFILL_OPS=torch`` forces the plain
+versions.
+"""
 
 from __future__ import annotations
 

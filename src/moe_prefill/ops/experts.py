@@ -1,4 +1,6 @@
-"""The routed experts of one layer on local tokens. T tokens, D channels, E experts, I expert channels, K top-k, R = T K rows."""
+"""The routed experts of one layer on local tokens. T tokens, D channels, E experts, I expert channels, K top-k, R = T
+K rows.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def experts(
 ) -> torch.Tensor:
     """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
 
-    Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each came from.
+    Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each
+    came from.
     """
     num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
     sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
@@ -53,7 +56,9 @@ def experts(
 def ref_combine(
     rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
 ) -> torch.Tensor:
-    """``residual + sum_k weights[t, k] * rows[row_of_slot[t, k]]``: the sum in float32, rounded before the residual is added."""
+    """``residual + sum_k weights[t, k] * rows[row_of_slot[t, k]]``: the sum in float32, rounded before the residual
+    is added.
+    """
     total = torch.zeros(residual_TD.shape, dtype=torch.float32, device=residual_TD.device)
     for k in range(weights_TK.shape[1]):
         total += rows_RD.index_select(0, row_of_slot_TK[:, k]).float() * weights_TK[:, k, None].float()

@@ -1,4 +1,6 @@
-"""Matrix product of grouped rows, each group with its own matrix. R rows, C input channels, N output channels, E groups."""
+"""Matrix product of grouped rows, each group with its own matrix. R rows, C input channels, N output channels, E
+groups.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ def ref_grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torc
 def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Grouped product [R, N]; ``ends_E`` int32, non-decreasing, its last entry R. No host synchronisation on CUDA.
 
-    bfloat16 on CUDA goes to torch's grouped matmul, other dtypes to a Triton kernel; on a CPU each group is one matmul that uses
-    every core.
+    bfloat16 on CUDA goes to torch's grouped matmul, other dtypes to a Triton kernel; on a CPU each group is one
+    matmul that uses every core.
     """
     assert rows_RC.shape[1] == weight_ENC.shape[2], (rows_RC.shape, weight_ENC.shape)
     assert len(ends_E) == len(weight_ENC), (ends_E.shape, weight_ENC.shape)

@@ -1,7 +1,7 @@
 """The LM head, only for what is asked. A rows (asked positions), D channels, V vocabulary, P (row, id) pairs, K top-k.
 
-Logits come out in float32. A bfloat16 product is accumulated and returned in float32 rather than rounded to bfloat16: candidates that are close
-would tie otherwise.
+Logits come out in float32. A bfloat16 product is accumulated and returned in float32 rather than rounded to bfloat16:
+candidates that are close would tie otherwise.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def vocabulary_scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Pair logits [P], log-partitions [A] and, with ``top_k``, ids int64 and logits [A, K] over the whole vocabulary.
 
-    Works in blocks of ``rows_per_block`` rows, so [A, V] never exists at once. Pairs are sorted by row; ``pair_bounds[b]`` is the first pair
-    of block b (host integers, one more than there are blocks).
+    Works in blocks of ``rows_per_block`` rows, so [A, V] never exists at once. Pairs are sorted by row;
+    ``pair_bounds[b]`` is the first pair of block b (host integers, one more than there are blocks).
     """
     logits_P = torch.empty(len(pair_id_P), dtype=torch.float32, device=x_AD.device)
     log_z_A = torch.empty(len(x_AD), dtype=torch.float32, device=x_AD.device)

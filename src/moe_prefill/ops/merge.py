@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 
-def merge_(
-    out_THd: torch.Tensor, lse_TH: torch.Tensor, other_THd: torch.Tensor, other_lse_TH: torch.Tensor
-) -> None:
+def merge_(out_THd: torch.Tensor, lse_TH: torch.Tensor, other_THd: torch.Tensor, other_lse_TH: torch.Tensor) -> None:
     """Fold another partial result into (``out_THd``, ``lse_TH``), both float32, in place.
 
-    A side without keys is (0, -inf) and leaves the other unchanged. Two sides of equal log-sum-exp average: out 1 and 3 with
-    lse 0 and 0 give out 2 and lse log 2.
+    A side without keys is (0, -inf) and leaves the other unchanged. Two sides of equal log-sum-exp average: out 1 and
+    3 with lse 0 and 0 give out 2 and lse log 2.
     """
     assert out_THd.dtype == lse_TH.dtype == torch.float32, (out_THd.dtype, lse_TH.dtype)
     total = torch.logaddexp(lse_TH, other_lse_TH)

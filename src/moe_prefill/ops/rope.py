@@ -1,4 +1,6 @@
-"""Rotary position embedding, after an optional norm over each head. T tokens, H heads, d head channels, r rotated channels."""
+"""Rotary position embedding, after an optional norm over each head. T tokens, H heads, d head channels, r rotated
+channels.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [T, K] and expert ids int64 [T, K], best first.
 
-    Logits in the model's dtype, softmax in float32, as the reference implementations have it. ``normalize`` makes the K weights
-    sum to one. They are returned in float32 when ``float32_weights``, else rounded to the dtype of ``x_TD``.
+    Logits in the model's dtype, softmax in float32, as the reference implementations have it. ``normalize`` makes the
+    K weights sum to one. They are returned in float32 when ``float32_weights``, else rounded to the dtype of
+    ``x_TD``.
     """
     scores = torch.softmax(F.linear(x_TD, router_ED), dim=-1, dtype=torch.float32)
     weights, ids = torch.topk(scores, top_k, dim=-1)

@@ -1,0 +1,6 @@
+"""The engine: sweeps over packed batches, layer by layer."""
+
+from .build import build_engine
+from .local import LocalEngine
+
+__all__ = ["LocalEngine", "build_engine"]

@@ -1,0 +1,210 @@
+"""The engine of one device: requests to sweeps, sweeps to answers, with the next sweep planned while this one is
+computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config import Sharing
+from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats
+from ..experts import BankSource
+from ..forest import SHARE_EVERYTHING, SHARE_NOTHING, SharingRule
+from ..machine import datasheet_peak
+from ..models.decoder import Decoder
+from ..models.weights import ExpertBank, ModelWeights
+from .forming import form_sweeps, refusal
+from .memory import MemoryPlan
+from .plan import ReadPlan, SweepPlan, build_sweep_plan
+from .sweep import GroupOutput, SweepOutput, run_sweep
+
+Answer = AtomicResult | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    members: list[int]
+    plan: SweepPlan
+    output: SweepOutput
+    started: float
+
+
+class LocalEngine:
+    """Implements ``core.ScoringEngine`` on one device. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        banks: BankSource[ExpertBank],
+        memory: MemoryPlan,
+        *,
+        device: torch.device,
+        sharing: Sharing = "auto",
+        prune_last: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.memory = memory
+        self._weights = weights
+        self._banks = banks
+        self._device = device
+        self._decoder = Decoder(spec)
+        self._rule = sharing_rule(spec, sharing)
+        self._sharing = sharing
+        self._prune_last = prune_last
+        self._stats = RunStats()
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self.memory.limits(self.spec)
+
+    @property
+    def stats(self) -> RunStats:
+        return self._stats
+
+    @property
+    def peak_flops(self) -> float | None:
+        if self._device.type != "cuda":
+            return None
+        return datasheet_peak(torch.cuda.get_device_name(self._device), self._dtype_name())
+
+    @property
+    def plan_digest(self) -> str:
+        """What may change a result's last bits, as one short string."""
+        facts = {
+            "device": "cpu" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device),
+            "dtype": self._dtype_name(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads() if self._device.type == "cpu" else 0,
+            "sharing": self._sharing,
+            "prune_last": self._prune_last,
+            "sweep": [self.memory.max_sweep_tokens, self.memory.chunk_rows, self.memory.max_gathered_keys],
+            "logits": self.memory.logits_block_bytes,
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def score(self, requests: Sequence[AtomicRequest]) -> list[Answer]:
+        """Answers in the order of the requests; a request that cannot be computed gets its RowError."""
+        answers: list[Answer | None] = [refusal(request, self.limits) for request in requests]
+        valid = [index for index, answer in enumerate(answers) if answer is None]
+        waiting: _Launched | None = None
+        with torch.inference_mode():
+            for members, plan in self._plans(requests, valid):
+                launched = self._launch(members, plan)
+                if waiting is not None:
+                    self._collect(waiting, requests, answers)
+                waiting = launched
+            if waiting is not None:
+                self._collect(waiting, requests, answers)
+        done = [answer for answer in answers if answer is not None]
+        assert len(done) == len(requests), "every request gets exactly one answer"
+        return done
+
+    def close(self) -> None:
+        """Free the device's memory; the engine is not to be used afterwards."""
+        del self._weights, self._banks
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _plans(self, requests: Sequence[AtomicRequest], valid: list[int]) -> Iterator[tuple[list[int], SweepPlan]]:
+        if not valid:
+            return
+        subset = [requests[index] for index in valid]
+        salts = [self._salt(request, index) for index, request in enumerate(subset)]
+        todo = form_sweeps(subset, salts, self.memory.max_sweep_tokens, sharing=self._rule.share)
+        todo.reverse()
+        while todo:
+            sweep = todo.pop()
+            plan = self._plan([subset[i] for i in sweep], [salts[i] for i in sweep])
+            if plan.forest.num_tokens > self.memory.max_sweep_tokens and len(sweep) > 1:
+                middle = len(sweep) // 2
+                todo += [sweep[middle:], sweep[:middle]]
+                continue
+            yield [valid[i] for i in sweep], plan
+
+    def _plan(self, requests: list[AtomicRequest], salts: list[str]) -> SweepPlan:
+        return build_sweep_plan(
+            requests, salts, self.spec, self._rule, self.memory, self._device, prune_last=self._prune_last
+        )
+
+    def _salt(self, request: AtomicRequest, index: int) -> str:
+        """Under dynamic rope, requests past the original context have their own frequencies and share with nobody."""
+        rope = self.spec.rope
+        if rope.kind == "dynamic" and len(request.tokens) > rope.original_max_positions:
+            return f"{request.salt}\0{index}"
+        return request.salt
+
+    def _launch(self, members: list[int], plan: SweepPlan) -> _Launched:
+        started = time.perf_counter()
+        output = run_sweep(plan, self._decoder, self._weights, self._banks)
+        return _Launched(members, plan, output, started)
+
+    def _collect(self, sweep: _Launched, requests: Sequence[AtomicRequest], answers: list[Answer | None]) -> None:
+        """Bring a sweep's outputs to the host (this waits for it) and hand them out."""
+        groups = {True: _host(sweep.output.vocabulary), False: _host(sweep.output.candidates)}
+        for index, read in zip(sweep.members, sweep.plan.reads, strict=True):
+            answers[index] = _answer(requests[index], read, groups[read.vocabulary])
+        self._count(sweep, time.perf_counter())
+
+    def _count(self, sweep: _Launched, now: float) -> None:
+        stats, forest = self._stats, sweep.plan.forest
+        stats.sweeps += 1
+        stats.requests += len(sweep.members)
+        stats.prompt_tokens += forest.prompt_tokens
+        stats.computed_tokens += forest.num_tokens
+        stats.flops += sweep.plan.flops
+        stats.busy_s += now - max(sweep.started, self._last_end)
+        self._last_end = now
+
+    _last_end = 0.0
+
+    def _dtype_name(self) -> str:
+        return str(self._weights.embed.dtype).removeprefix("torch.")
+
+
+def sharing_rule(spec: ModelSpec, sharing: Sharing) -> SharingRule:
+    """When sharing pays, from the shapes, in units of one token's linear work in one layer.
+
+    A merge reads and writes a few rows of H d channels in float32 and runs at the speed of memory, the linear work at
+    that of the matrix units: about 250 FLOPs a byte on the GPUs of HARDWARE class Hopper. A gathered key is one read
+    and one write of K and V.
+    """
+    if sharing == "off":
+        return SHARE_NOTHING
+    if sharing == "force":
+        return SHARE_EVERYTHING
+    q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    width = spec.top_k * spec.expert_size + spec.shared_size if spec.num_sparse_layers else spec.dense_size
+    linear = 2 * spec.hidden_size * (2 * q_width + 2 * kv_width) + 6 * spec.hidden_size * width
+    flops_per_byte = 250
+    return SharingRule(
+        min_saved=64,
+        merge_cost=16 * q_width * flops_per_byte / linear,
+        gather_cost=8 * kv_width * flops_per_byte / linear,
+    )
+
+
+def _host(group: GroupOutput | None) -> dict[str, np.ndarray]:
+    if group is None:
+        return {}
+    found = {"logits": group.logits, "log_z": group.log_z, "top_ids": group.top_ids, "top_logits": group.top_logits}
+    return {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
+
+
+def _answer(request: AtomicRequest, read: ReadPlan, group: dict[str, np.ndarray]) -> AtomicResult:
+    logits = group["logits"][read.pairs]
+    if not read.vocabulary:
+        return AtomicResult(logits)
+    log_z = group["log_z"][read.rows]
+    if not request.top_k:
+        return AtomicResult(logits, log_z)
+    ids = group["top_ids"][read.rows, : request.top_k].astype(np.int32)
+    top = group["top_logits"][read.rows, : request.top_k] - log_z[:, None]
+    return AtomicResult(logits, log_z, ids, top)

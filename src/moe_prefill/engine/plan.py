@@ -1,0 +1,310 @@
+"""A sweep as data: the packed batch, its attention calls, its chunks and what is read at the end. Built on the host,
+uploaded once.
+
+Letters: T packed rows, A rows that the last layer carries, S asked rows (a subset), P (row, id) pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..core import AtomicRequest, Int64Array, ModelSpec
+from ..costmodel import sweep_flops
+from ..forest import Forest, SharingRule, build_forest
+from ..models.rope import inverse_frequencies
+from ..ops import Spans
+from .layout import AttentionCall, Chunk, all_runs, asked_runs, chunks
+from .memory import MemoryPlan
+from .staging import Staged, Staging, Uploaded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceCall:
+    """An AttentionCall whose arrays are on the device. ``rows``: its queries among the chunk's rows."""
+
+    rows: slice
+    spans: Spans
+    keys: slice | torch.Tensor
+    causal: bool
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceChunk:
+    """Rows that go through the rest of a layer together: where they come from (``rows``) and go to (``target``)."""
+
+    rows: slice | torch.Tensor
+    target: slice
+    diagonal: tuple[DeviceCall, ...]
+    levels: tuple[DeviceCall, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadPlan:
+    """What is read of a group of asked rows. Pairs are sorted by row.
+
+    ``rows`` index the rows that the last layer carried; ``pair_row`` indexes ``rows``. ``unique`` and ``pair_unique``
+    are filled for the group that needs no vocabulary, ``bounds`` and ``rows_per_block`` for the one that does.
+    """
+
+    rows: torch.Tensor
+    pair_row: torch.Tensor
+    pair_id: torch.Tensor
+    unique: torch.Tensor
+    pair_unique: torch.Tensor
+    bounds: list[int]
+    rows_per_block: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadPlan:
+    """How one request finds its answers in its group's outputs: host indices of its pairs and of its asked rows."""
+
+    vocabulary: bool
+    pairs: Int64Array
+    rows: Int64Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SweepPlan:
+    """Everything that one pass over all layers needs besides the weights."""
+
+    forest: Forest
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    rope: RopeRows
+    row_blocks: tuple[slice, ...]
+    chunks_by_window: dict[int | None, tuple[DeviceChunk, ...]]
+    last_chunks: tuple[DeviceChunk, ...]
+    last_rows: int
+    candidates: HeadPlan | None
+    vocabulary: HeadPlan | None
+    reads: tuple[ReadPlan, ...]
+    flops: int
+
+
+def build_sweep_plan(
+    requests: Sequence[AtomicRequest],
+    salts: Sequence[str],
+    spec: ModelSpec,
+    rule: SharingRule,
+    memory: MemoryPlan,
+    device: torch.device,
+    *,
+    prune_last: bool,
+) -> SweepPlan:
+    """Plan a sweep over ``requests``; ``salts`` says who may share with whom. Host work only, plus one asynchronous
+    upload.
+    """
+    forest = build_forest([request.tokens for request in requests], rule, salts)
+    staging = Staging()
+    asked = _asked_rows(forest, requests)
+    carried = asked_runs(forest, np.unique(asked)) if prune_last else all_runs(forest)
+    windows = {layer.window for layer in spec.layers[:-1]}
+    cut = {"levels": rule.levels, "max_rows": memory.chunk_rows, "max_keys": memory.max_gathered_keys}
+    everywhere = {w: chunks(forest, all_runs(forest), window=w, **cut) for w in windows}
+    last = chunks(forest, carried, window=spec.layers[-1].window, **cut)
+    staged_tokens, staged_positions = staging.add(forest.tokens), staging.add(forest.positions)
+    staged_everywhere = {window: [_stage_chunk(staging, c) for c in cs] for window, cs in everywhere.items()}
+    staged_last = [_stage_chunk(staging, chunk) for chunk in last]
+    head = _HeadStager(requests, asked, carried.rows(), memory.logits_block_bytes, spec.vocab_size)
+    candidates, vocabulary = head.stage(staging, vocabulary=False), head.stage(staging, vocabulary=True)
+    rope = _stage_rope(staging, forest, requests, spec)
+    on_device = staging.upload(device)
+    return SweepPlan(
+        forest=forest,
+        tokens=on_device[staged_tokens],
+        positions=on_device[staged_positions],
+        rope=rope.on(on_device),
+        row_blocks=_blocks(forest.num_tokens, memory.chunk_rows),
+        chunks_by_window={w: _device_chunks(on_device, cs) for w, cs in staged_everywhere.items()},
+        last_chunks=_device_chunks(on_device, staged_last),
+        last_rows=carried.num_rows,
+        candidates=None if candidates is None else candidates.on(on_device),
+        vocabulary=None if vocabulary is None else vocabulary.on(on_device),
+        reads=head.reads(),
+        flops=sweep_flops(spec, forest.positions, forest.positions[carried.rows()], head.rows_read()),
+    )
+
+
+def _asked_rows(forest: Forest, requests: Sequence[AtomicRequest]) -> Int64Array:
+    """Packed row of every asked position, request by request."""
+    counts = [len(request.positions) for request in requests]
+    owner = np.repeat(np.arange(len(requests)), counts)
+    return forest.rows_of(owner, np.concatenate([request.positions for request in requests]).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RopeRows:
+    """Inverse frequencies float32 [n, r / 2], which of them a row uses (int64 [T], None: all the first), and the
+    scale of the tables.
+    """
+
+    inv_freq: torch.Tensor
+    row: torch.Tensor | None
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StagedRope:
+    inv_freq: Staged
+    count: int
+    row: Staged | None
+    factor: float
+
+    def on(self, device: Uploaded) -> RopeRows:
+        return RopeRows(
+            device[self.inv_freq].view(self.count, -1), None if self.row is None else device[self.row], self.factor
+        )
+
+
+def _stage_rope(staging: Staging, forest: Forest, requests: Sequence[AtomicRequest], spec: ModelSpec) -> _StagedRope:
+    """Dynamic rope stretches with the request's length; such requests share nothing, so a segment has one length."""
+    plain, factor = inverse_frequencies(spec.rope, None)
+    if spec.rope.kind != "dynamic":
+        return _StagedRope(staging.add(plain.numpy()), 1, None, factor)
+    lengths = np.asarray([len(requests[r].tokens) for r in forest.request_of], np.int64)
+    distinct, kind = np.unique(np.maximum(lengths, spec.rope.original_max_positions), return_inverse=True)
+    tables = np.concatenate([inverse_frequencies(spec.rope, int(length))[0].numpy() for length in distinct])
+    rows = np.repeat(kind.astype(np.int64), forest.stop - forest.start)
+    return _StagedRope(staging.add(tables), len(distinct), staging.add(rows), factor)
+
+
+def _blocks(total: int, size: int) -> tuple[slice, ...]:
+    count = -(-total // size)
+    edges = [index * total // count for index in range(count + 1)]
+    return tuple(slice(low, high) for low, high in itertools.pairwise(edges))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StagedCall:
+    call: AttentionCall
+    cu_q: Staged
+    cu_k: Staged
+    keys: slice | Staged
+
+    def on(self, device: Uploaded) -> DeviceCall:
+        call = self.call
+        spans = Spans(call.cu_q, call.cu_k, device[self.cu_q], device[self.cu_k], call.max_q, call.max_k)
+        keys = self.keys if isinstance(self.keys, slice) else device[self.keys]
+        rows = slice(call.first_row, call.first_row + call.num_rows)
+        return DeviceCall(rows, spans, keys, call.causal, call.window)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StagedChunk:
+    chunk: Chunk
+    rows: slice | Staged
+    diagonal: tuple[_StagedCall, ...]
+    levels: tuple[_StagedCall, ...]
+
+
+def _stage_call(staging: Staging, call: AttentionCall) -> _StagedCall:
+    keys = call.keys if isinstance(call.keys, slice) else staging.add(call.keys)
+    return _StagedCall(call, staging.add(call.cu_q), staging.add(call.cu_k), keys)
+
+
+def _stage_chunk(staging: Staging, chunk: Chunk) -> _StagedChunk:
+    rows = chunk.rows if isinstance(chunk.rows, slice) else staging.add(chunk.rows)
+    diagonal = tuple(_stage_call(staging, call) for call in chunk.diagonal)
+    return _StagedChunk(chunk, rows, diagonal, tuple(_stage_call(staging, call) for call in chunk.levels))
+
+
+def _device_chunks(device: Uploaded, staged: Sequence[_StagedChunk]) -> tuple[DeviceChunk, ...]:
+    done, out = 0, []
+    for item in staged:
+        rows = item.rows if isinstance(item.rows, slice) else device[item.rows]
+        target = slice(done, done + item.chunk.num_rows)
+        diagonal, levels = (tuple(call.on(device) for call in calls) for calls in (item.diagonal, item.levels))
+        out.append(DeviceChunk(rows, target, diagonal, levels))
+        done = target.stop
+    return tuple(out)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StagedHead:
+    rows: Staged
+    pair_row: Staged
+    pair_id: Staged
+    unique: Staged
+    pair_unique: Staged
+    bounds: list[int]
+    rows_per_block: int
+    top_k: int
+
+    def on(self, device: Uploaded) -> HeadPlan:
+        return HeadPlan(
+            rows=device[self.rows],
+            pair_row=device[self.pair_row],
+            pair_id=device[self.pair_id],
+            unique=device[self.unique],
+            pair_unique=device[self.pair_unique],
+            bounds=self.bounds,
+            rows_per_block=self.rows_per_block,
+            top_k=self.top_k,
+        )
+
+
+class _HeadStager:
+    """Sorts what all requests ask into two groups: with the vocabulary and without. A row asked twice is computed
+    once.
+    """
+
+    def __init__(
+        self, requests: Sequence[AtomicRequest], asked: Int64Array, carried: Int64Array, block_bytes: int, vocab: int
+    ) -> None:
+        self._requests = requests
+        self._carried = carried
+        self._vocab = vocab
+        self._rows_per_block = max(1, block_bytes // (4 * vocab))
+        ends = np.cumsum([len(request.positions) for request in requests])
+        self._asked = np.split(asked, ends[:-1])
+        self._reads: dict[int, ReadPlan] = {}
+        self._rows_read = 0
+
+    def stage(self, staging: Staging, *, vocabulary: bool) -> _StagedHead | None:
+        members = [i for i, request in enumerate(self._requests) if request.vocabulary == vocabulary]
+        if not members:
+            return None
+        rows = np.unique(np.concatenate([self._asked[i] for i in members]))
+        row_of = {i: np.searchsorted(rows, self._asked[i]) for i in members}
+        pair_row = np.concatenate([np.repeat(row_of[i], np.diff(self._requests[i].id_offsets)) for i in members])
+        pair_id = np.concatenate([self._requests[i].ids for i in members]).astype(np.int64)
+        order = np.argsort(pair_row, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        self._remember(members, row_of, place, vocabulary)
+        pair_row, pair_id = pair_row[order].astype(np.int64), pair_id[order]
+        unique, pair_unique = np.unique(pair_id, return_inverse=True)
+        self._rows_read += len(rows) * self._vocab if vocabulary else len(np.unique(pair_row * self._vocab + pair_id))
+        edges = np.arange(0, len(rows) + self._rows_per_block, self._rows_per_block)
+        return _StagedHead(
+            rows=staging.add(np.searchsorted(self._carried, rows).astype(np.int64)),
+            pair_row=staging.add(pair_row),
+            pair_id=staging.add(pair_id),
+            unique=staging.add(unique.astype(np.int64)),
+            pair_unique=staging.add(pair_unique.astype(np.int64)),
+            bounds=np.searchsorted(pair_row, edges).tolist(),
+            rows_per_block=self._rows_per_block,
+            top_k=max(self._requests[i].top_k for i in members),
+        )
+
+    def _remember(self, members: list[int], row_of: dict[int, Int64Array], place: Int64Array, vocabulary: bool) -> None:
+        done = 0
+        for index in members:
+            count = len(self._requests[index].ids)
+            self._reads[index] = ReadPlan(vocabulary, place[done : done + count], row_of[index])
+            done += count
+
+    def reads(self) -> tuple[ReadPlan, ...]:
+        return tuple(self._reads[index] for index in range(len(self._requests)))
+
+    def rows_read(self) -> int:
+        """LM head rows that were asked, over all asked positions."""
+        return self._rows_read

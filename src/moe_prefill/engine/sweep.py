@@ -1,0 +1,153 @@
+"""One sweep: every row of a packed batch through all layers, layer by layer. No host synchronisation in here.
+
+Letters: T packed rows, D hidden, H query heads, G key/value heads, d head channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from ..experts import BankSource
+from ..models.decoder import Decoder, Rope
+from ..models.weights import ExpertBank, LayerWeights, ModelWeights
+from .plan import DeviceCall, DeviceChunk, HeadPlan, SweepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutput:
+    """What a HeadPlan asked for, on the device: pair logits float32 [P], and over the vocabulary log-partitions [S]
+    and top-k [S, K].
+    """
+
+    logits: torch.Tensor
+    log_z: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOutput:
+    candidates: GroupOutput | None
+    vocabulary: GroupOutput | None
+
+
+def run_sweep(plan: SweepPlan, decoder: Decoder, weights: ModelWeights, banks: BankSource[ExpertBank]) -> SweepOutput:
+    """Compute what the plan asks; returns tensors still being computed on the current stream."""
+    x = weights.embed.index_select(0, plan.tokens)
+    rope = rope_rows(plan, x.dtype)
+    banks.begin_sweep()
+    for index, layer in enumerate(weights.layers):
+        bank = banks.acquire(index)
+        x = run_layer(plan, decoder, layer, bank, index, x, rope)
+        banks.release(index)
+    banks.end_sweep()
+    return read_head(plan, decoder, weights, x)
+
+
+def run_layer(
+    plan: SweepPlan,
+    decoder: Decoder,
+    layer: LayerWeights,
+    bank: ExpertBank | None,
+    index: int,
+    x_TD: torch.Tensor,
+    rope: Rope,
+) -> torch.Tensor:
+    """The residual after layer ``index``: ``x_TD`` itself, overwritten, or in the last layer only the rows it
+    carries.
+    """
+    k, v = keys_values(plan, decoder, layer, x_TD, rope)
+    last = index == decoder.spec.num_layers - 1
+    chunks = plan.last_chunks if last else plan.chunks_by_window[decoder.spec.layers[index].window]
+    out = x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD
+    for chunk in chunks:
+        residual = x_TD[chunk.rows]
+        q = decoder.queries(layer.attention, residual, rope[chunk.rows])
+        attended = attend(decoder, q, k, v, chunk)
+        residual = decoder.attention_output(layer.attention, attended, residual)
+        out[chunk.target] = decoder.feed_forward(layer, residual, bank)
+    return out
+
+
+def keys_values(
+    plan: SweepPlan, decoder: Decoder, layer: LayerWeights, x_TD: torch.Tensor, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of every row, [T, G, d] each: the only per-token memory of a layer beside the residual."""
+    if len(plan.row_blocks) == 1:
+        return decoder.keys_values(layer.attention, x_TD, rope)
+    spec = decoder.spec
+    k = x_TD.new_empty(len(x_TD), spec.num_kv_heads, spec.head_dim)
+    v = torch.empty_like(k)
+    for rows in plan.row_blocks:
+        k[rows], v[rows] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
+    return k, v
+
+
+def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: DeviceChunk) -> torch.Tensor:
+    """Attention of a chunk's queries to their paths: the diagonal, then each level of ancestors, merged in float32."""
+    diagonal = [call_attention(decoder, q, k, v, call) for call in chunk.diagonal]
+    out, lse = diagonal[0] if len(diagonal) == 1 else (torch.cat(parts) for parts in zip(*diagonal, strict=True))
+    if not chunk.levels:
+        return out
+    wide, lse = out.float(), lse.contiguous()
+    for call in chunk.levels:
+        ops.merge_(wide[call.rows], lse[call.rows], *call_attention(decoder, q, k, v, call))
+    return wide.to(q.dtype)
+
+
+def call_attention(
+    decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: DeviceCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.attention(
+        q[call.rows],
+        k[call.keys],
+        v[call.keys],
+        call.spans,
+        causal=call.causal,
+        window=call.window,
+        scale=decoder.scale,
+    )
+
+
+def rope_rows(plan: SweepPlan, dtype: torch.dtype) -> Rope:
+    """Cosines and sines of every packed row; the same in every layer."""
+    own = plan.rope.inv_freq[0] if plan.rope.row is None else plan.rope.inv_freq.index_select(0, plan.rope.row)
+    return Rope(*ops.rope_tables(plan.positions, own, plan.rope.factor, dtype))
+
+
+def read_head(plan: SweepPlan, decoder: Decoder, weights: ModelWeights, x_AD: torch.Tensor) -> SweepOutput:
+    """Final norm and LM head, only for asked rows: the candidates' rows of the head, or all of it where the
+    vocabulary is asked.
+    """
+    candidates = plan.candidates and _read_candidates(plan.candidates, decoder, weights, x_AD)
+    vocabulary = plan.vocabulary and _read_vocabulary(plan.vocabulary, decoder, weights, x_AD)
+    return SweepOutput(candidates or None, vocabulary or None)
+
+
+def _final(head: HeadPlan, decoder: Decoder, weights: ModelWeights, x_AD: torch.Tensor) -> torch.Tensor:
+    return ops.rms_norm(x_AD.index_select(0, head.rows), weights.final_norm, decoder.spec.norm_eps)
+
+
+def _read_candidates(head: HeadPlan, decoder: Decoder, weights: ModelWeights, x_AD: torch.Tensor) -> GroupOutput:
+    normed = _final(head, decoder, weights, x_AD)
+    return GroupOutput(
+        ops.candidate_logits(normed, weights.lm_head, head.pair_row, head.pair_id, head.unique, head.pair_unique)
+    )
+
+
+def _read_vocabulary(head: HeadPlan, decoder: Decoder, weights: ModelWeights, x_AD: torch.Tensor) -> GroupOutput:
+    normed = _final(head, decoder, weights, x_AD)
+    return GroupOutput(
+        *ops.vocabulary_scores(
+            normed,
+            weights.lm_head,
+            head.pair_row,
+            head.pair_id,
+            head.bounds,
+            rows_per_block=head.rows_per_block,
+            top_k=head.top_k,
+        )
+    )

@@ -1,0 +1,49 @@
+"""Gather each token's expert rows, weigh them, add the residual. T tokens, D channels, K top-k."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr, slot_ptr, weight_ptr, residual_ptr, out_ptr, residual_stride, D, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < D
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(slot_ptr + token * K + k).to(tl.int64)
+        weight = tl.load(weight_ptr + token * K + k).to(tl.float32)
+        total += weight * tl.load(rows_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    residual = tl.load(residual_ptr + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * D + column, (residual + total.to(kind).to(tl.float32)).to(kind), mask=inside)
+
+
+def combine_kernel(
+    rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """``residual + sum_k weights[t, k] rows[row_of_slot[t, k]]``, summed in float32 in order of k; [T, D]."""
+    T, D = residual_TD.shape
+    assert rows_RD.is_contiguous(), rows_RD.stride()
+    assert residual_TD.stride(1) == 1, residual_TD.stride()
+    out = torch.empty(T, D, dtype=residual_TD.dtype, device=residual_TD.device)
+    if T:
+        block = min(2048, triton.next_power_of_2(D))
+        _combine_kernel[(T, triton.cdiv(D, block))](
+            rows_RD,
+            row_of_slot_TK.contiguous(),
+            weights_TK.contiguous(),
+            residual_TD,
+            out,
+            residual_TD.stride(0),
+            D,
+            K=weights_TK.shape[1],
+            BLOCK=block,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,83 @@
+"""Triton kernels against their plain references: through the interpreter on a CPU, for real on a GPU."""
+
+import pytest
+import torch
+
+from moe_prefill.ops.experts import ref_combine
+from moe_prefill.ops.grouped import ref_grouped_mm
+from moe_prefill.ops.rms_norm import ref_rms_norm
+from moe_prefill.ops.rope import ref_apply_rope, rope_tables
+from moe_prefill.ops.swiglu import ref_swiglu
+from tests.conftest import DEVICE
+
+pytest.importorskip("triton")
+
+DTYPES = [torch.float32, torch.bfloat16]
+# bfloat16: the interpreter cuts where the hardware rounds, so two roundings may differ by two units of 2^-8
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 40), (3, 256), (0, 16)])
+def test_rms_norm(rows, width, dtype):
+    from moe_prefill.ops.kernels.rms_norm import rms_norm_kernel
+
+    wide = random(rows, width + 8, dtype=dtype)
+    for x in (wide[:, :width], wide[:, :width].contiguous()):
+        weight = random(width, dtype=dtype, seed=1)
+        torch.testing.assert_close(rms_norm_kernel(x, weight, 1e-6), ref_rms_norm(x, weight, 1e-6), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 8), (4, 3, 24), (5, 9, 128)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_head_norm_rope(tokens, heads, dim, norm, dtype):
+    from moe_prefill.ops.kernels.rope import head_norm_rope_kernel
+
+    flat = random(tokens, 2 * heads * dim, dtype=dtype)[:, : heads * dim].unflatten(-1, (heads, dim))
+    inv_freq = 1.0 / 1e4 ** (torch.arange(0, dim, 2, device=DEVICE) / dim)
+    cos, sin = rope_tables(torch.arange(tokens, device=DEVICE) * 37, inv_freq, 1.0, dtype)
+    weight = random(dim, dtype=dtype, seed=2) if norm else None
+    want = ref_apply_rope(ref_rms_norm(flat, weight, 1e-6) if norm else flat, cos, sin)
+    got = head_norm_rope_kernel(flat, weight, cos, sin, 1e-6)
+    tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    torch.testing.assert_close(got, want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 4), (7, 100), (2, 1500), (0, 8)])
+def test_swiglu(rows, width, dtype):
+    from moe_prefill.ops.kernels.swiglu import swiglu_kernel
+
+    x = random(rows, 2 * width, dtype=dtype)
+    torch.testing.assert_close(swiglu_kernel(x), ref_swiglu(x), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "top_k", "width"), [(1, 1, 8), (6, 3, 40), (4, 8, 2100)])
+def test_combine(tokens, top_k, width, dtype):
+    from moe_prefill.ops.kernels.combine import combine_kernel
+
+    rows = random(tokens * top_k, width, dtype=dtype)
+    slots = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(3)).view(tokens, top_k).to(DEVICE)
+    weights, residual = random(tokens, top_k, dtype=dtype, seed=4), random(tokens, width, dtype=dtype, seed=5)
+    torch.testing.assert_close(
+        combine_kernel(rows, slots, weights, residual), ref_combine(rows, slots, weights, residual), **TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[0, 0, 5], [70, 0, 1, 64], [3], [0, 130, 0, 0]])
+def test_grouped_mm(counts, dtype):
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pytest.skip("the interpreter multiplies the bit patterns of bfloat16 matrices")
+    from moe_prefill.ops.kernels.grouped import grouped_mm_kernel
+
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(DEVICE)
+    rows, weight = random(sum(counts), 40, dtype=dtype), random(len(counts), 72, 40, dtype=dtype, seed=6)
+    tolerance = {"rtol": 2e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(grouped_mm_kernel(rows, weight, ends), ref_grouped_mm(rows, weight, ends), **tolerance)

@@ -1,0 +1,136 @@
+"""Ops against definitions that are independent of how they are computed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moe_prefill import ops
+from moe_prefill.ops.attention import Spans, ref_attention
+from moe_prefill.ops.experts import ref_experts
+from tests.conftest import DEVICE
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def spans(q, k):
+    return Spans.on(DEVICE, np.cumsum([0, *q]).astype(np.int32), np.cumsum([0, *k]).astype(np.int32))
+
+
+def dtypes():
+    return [torch.float32, torch.bfloat16]
+
+
+ENTRIES = [
+    ([5], [5], True, None),
+    ([3, 7, 3, 1], [9, 7, 9, 4], True, None),
+    ([3, 7, 3, 1], [9, 7, 9, 4], True, 3),
+    ([4, 4, 0, 6], [2, 0, 3, 11], False, None),
+    ([33, 1, 60], [64, 130, 60], True, 17),
+]
+
+
+@pytest.mark.parametrize(("q", "k", "causal", "window"), ENTRIES)
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 1, 8), (2, 2, 64)])
+def test_attention(q, k, causal, window, dtype, heads, kv_heads, dim):
+    at = spans(q, k)
+    queries = random(sum(q), heads, dim, dtype=dtype)
+    keys, values = (random(sum(k), kv_heads, dim, dtype=dtype, seed=s) for s in (1, 2))
+    out, lse = ops.attention(queries, keys, values, at, causal=causal, window=window, scale=dim**-0.5)
+    want, want_lse = ref_attention(queries, keys, values, at, causal=causal, window=window, scale=dim**-0.5)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out, want, **tolerance)
+    torch.testing.assert_close(lse, want_lse, **tolerance)
+
+
+def test_a_query_without_keys_is_zero_and_minus_infinity():
+    out, lse = ops.attention(
+        random(4, 2, 8), random(3, 1, 8), random(3, 1, 8), spans([2, 2], [0, 3]), causal=False, scale=1.0
+    )
+    assert (out[:2] == 0).all()
+    assert (lse[:2] == -math.inf).all()
+    assert torch.isfinite(lse[2:]).all()
+
+
+def test_merging_splits_of_the_keys_gives_the_whole():
+    q, k, v = random(6, 4, 16), random(20, 2, 16, seed=1), random(20, 2, 16, seed=2)
+    whole, whole_lse = ops.attention(q, k, v, spans([6], [20]), causal=False, scale=0.25)
+    out, lse = torch.zeros(6, 4, 16, device=DEVICE), torch.full((6, 4), -math.inf, device=DEVICE)
+    for low, high in ((0, 0), (0, 7), (7, 8), (8, 20), (20, 20)):
+        part = ops.attention(q, k[low:high], v[low:high], spans([6], [high - low]), causal=False, scale=0.25)
+        ops.merge_(out, lse, *part)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_example_of_the_docstring():
+    out, lse = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    ops.merge_(out, lse, torch.full((1, 1, 1), 3.0), torch.zeros(1, 1))
+    assert out.item() == pytest.approx(2)
+    assert lse.item() == pytest.approx(math.log(2))
+
+
+def test_rope_example_of_the_docstring():
+    from moe_prefill.ops.rope import ref_apply_rope
+
+    got = ref_apply_rope(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]))
+    assert got.tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 4), (37, 7, 2), (64, 16, 3)])
+def test_experts(tokens, experts, top_k, dtype):
+    x, residual = random(tokens, 32, dtype=dtype), random(tokens, 32, dtype=dtype, seed=1)
+    gate_up, down = random(experts, 48, 32, dtype=dtype, seed=2), random(experts, 32, 24, dtype=dtype, seed=3)
+    weights, ids = ops.route(x, random(experts, 32, dtype=dtype, seed=4), top_k, normalize=True, float32_weights=False)
+    got = ops.experts(x, weights, ids, gate_up, down, residual)
+    want = residual + ref_experts(x, weights, ids, gate_up, down)
+    tolerance = {"rtol": 5e-2, "atol": 1.0} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_experts_that_nobody_chose_and_one_that_all_chose():
+    x, gate_up, down = random(9, 16), random(5, 16, 16, seed=1), random(5, 16, 8, seed=2)
+    ids, weights = torch.full((9, 1), 3, device=DEVICE), torch.ones(9, 1, device=DEVICE)
+    got = ops.experts(x, weights, ids, gate_up, down, torch.zeros_like(x))
+    torch.testing.assert_close(got, ref_experts(x, weights, ids, gate_up, down), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route(normalize):
+    x, router = random(20, 8), random(6, 8, seed=1)
+    weights, ids = ops.route(x, router, 3, normalize=normalize, float32_weights=True)
+    scores = (x @ router.t()).softmax(-1)
+    torch.testing.assert_close(
+        scores.gather(1, ids), weights * (1 if not normalize else scores.gather(1, ids).sum(-1, keepdim=True))
+    )
+    assert (scores.topk(3).indices == ids).all()
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_head(dtype, block):
+    x, head = random(7, 16, dtype=dtype), random(50, 16, dtype=dtype, seed=1)
+    dense = x.float() @ head.float().t()
+    row = torch.tensor([0, 0, 2, 5, 5, 6], device=DEVICE)
+    ids = torch.tensor([3, 3, 49, 0, 7, 11], device=DEVICE)
+    unique, inverse = ids.unique(return_inverse=True)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(ops.candidate_logits(x, head, row, ids, unique, inverse), dense[row, ids], **tolerance)
+    bounds = [int((row < low).sum()) for low in range(0, 7 + block, block)]
+    logits, log_z, top_ids, top = ops.vocabulary_scores(x, head, row, ids, bounds, rows_per_block=block, top_k=4)
+    torch.testing.assert_close(logits, dense[row, ids], **tolerance)
+    torch.testing.assert_close(log_z, dense.logsumexp(-1), **tolerance)
+    torch.testing.assert_close(top, dense.topk(4).values, **tolerance)
+    torch.testing.assert_close(dense.gather(1, top_ids), top, **tolerance)
+
+
+def test_many_distinct_candidates_are_read_pair_by_pair(monkeypatch):
+    import moe_prefill.ops.head as head_module
+
+    monkeypatch.setattr(head_module, "_UNIQUE_IDS_LIMIT", 1)
+    test_head(torch.float32, 3)
