@@ -29,6 +29,7 @@ import transformers
 from batches import IGNORE, MAX_TEXT, Batches, load
 from evaluate import Prompt, all_forms, evaluate, make_prompts, task_accuracy
 from prompts import END, PAD
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -240,7 +241,7 @@ def save(model: Qwen3MoeForCausalLM, tokenizer_dir: Path, out: Path, tokenizer: 
     config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    names = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    names = {name for path in out.glob("*.safetensors") for name in safe_open(path, "pt").keys()}  # noqa: SIM118
     for name in ("experts.0.gate_proj", "experts.0.up_proj", "experts.0.down_proj", "gate"):
         if f"model.layers.0.mlp.{name}.weight" not in names:
             raise SystemExit(f"unexpected checkpoint layout: no model.layers.0.mlp.{name}.weight")
