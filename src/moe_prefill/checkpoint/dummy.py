@@ -8,6 +8,7 @@ them, because CPU and CUDA generators differ: draw on one kind to compare.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -40,13 +41,13 @@ def dummy_slots(
     layer. UsageError: a skew that these experts cannot have.
     """
     slots = {}
-    scales = _Scales(skew, top_k)
     for slot, part in kept_ranges(shapes, keep).items():
         target = slots[slot] = allocated(slot, shapes[slot], part, allocate)
         if _leaf(slot).endswith("norm"):
             target.fill_(1.0)
             continue
-        scale = scales.of_router(slot, shapes[slot][0], seed) if _leaf(slot) == "router" else None
+        is_skewed = skew != 1.0 and _leaf(slot) == "router"
+        scale = _dealt_scales(slot, shapes[slot][0], top_k, skew, seed) if is_skewed else None
         for first, values in _pieces(slot, shapes[slot], part, seed, torch.device(device)):
             if scale is not None:
                 values *= scale[first : first + len(values), None].to(values.device)
@@ -77,22 +78,13 @@ def _piece_seed(slot: str, number: int, seed: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class _Scales:
-    """Factors on the rows of routers; the same set in every layer, dealt to experts in another order."""
-
-    def __init__(self, skew: float, top_k: int) -> None:
-        self._skew, self._top_k = skew, top_k
-        self._known: dict[int, torch.Tensor] = {}
-
-    def of_router(self, slot: str, num_experts: int, seed: int) -> torch.Tensor | None:
-        if self._skew == 1.0:
-            return None
-        if num_experts not in self._known:
-            self._known[num_experts] = router_scales(num_experts, self._top_k, self._skew)
-        generator = torch.Generator().manual_seed(_piece_seed(f"{slot}.order", 0, seed))
-        return self._known[num_experts][torch.randperm(num_experts, generator=generator)]
+def _dealt_scales(slot: str, num_experts: int, top_k: int, skew: float, seed: int) -> torch.Tensor:
+    """The same factors in every layer, dealt to its experts in another order."""
+    generator = torch.Generator().manual_seed(_piece_seed(f"{slot}.order", 0, seed))
+    return router_scales(num_experts, top_k, skew)[torch.randperm(num_experts, generator=generator)]
 
 
+@functools.cache
 def router_scales(num_experts: int, top_k: int, skew: float) -> torch.Tensor:
     """Factors [E] on the router's rows that spread the experts' loads over a ratio of ``skew``, root mean square 1.
 
