@@ -50,7 +50,7 @@ def split_spots(
     shorter = tokenizer.encode_batch(list(moved.values()), add_special_tokens=add_bos)
     for i, context in zip(failed, shorter, strict=True):
         split[i] = _split(context, wholes[i][1:])
-    return [found or _unsplit(tokenizer, spots[i], wholes[i][0], mode) for i, found in enumerate(split)]
+    return [found or _unsplit(tokenizer, spots[i], wholes[i], mode) for i, found in enumerate(split)]
 
 
 def _encode(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> list[list[Int32Array]]:
@@ -71,19 +71,19 @@ def _split(context: Int32Array, wholes: Sequence[Int32Array]) -> Split | None:
     return Split(context, tuple(tuple(whole[size:].tolist()) for whole in wholes))
 
 
-def _unsplit(tokenizer: Tokenizer, spot: Spot, context: Int32Array, mode: Boundary) -> Split | RowError:
+def _unsplit(tokenizer: Tokenizer, spot: Spot, ids: Sequence[Int32Array], mode: Boundary) -> Split | RowError:
+    context = ids[0]
     if not len(context):
         return RowError("empty_text", "the context has no tokens; give the prompt some text before its labels")
     if mode == "split":
         labels = (tokenizer.encode_continuation(label) for label in spot.labels)
         return Split(context, tuple(tuple(label.tolist()) for label in labels))
-    return RowError("label_boundary", _describe(tokenizer, spot, context))
+    return RowError("label_boundary", _describe(tokenizer, spot, ids))
 
 
-def _describe(tokenizer: Tokenizer, spot: Spot, context: Int32Array) -> str:
-    end = repr(spot.context[-20:])
-    for label in spot.labels:
-        whole = tokenizer.encode(spot.context + label)
+def _describe(tokenizer: Tokenizer, spot: Spot, ids: Sequence[Int32Array]) -> str:
+    end, context = repr(spot.context[-20:]), ids[0]
+    for label, whole in zip(spot.labels, ids[1:], strict=True):
         if not np.array_equal(whole[: len(context)], context):
             return (
                 f"label {label!r} merges with the end of its context {end}: the last token of the context is "

@@ -91,7 +91,10 @@ class Prompter:
 
     def check(self, ask: Ask) -> None:
         """Raise TaskError for what would fail in every row: labels that clash, or merge with the template's own end."""
-        for split in self._split(self._spots_or_raise(ask)):
+        spots = self._spots(ask)
+        if isinstance(spots, RowError):
+            raise TaskError(str(spots))
+        for split in self._split(spots):
             if not isinstance(split, RowError):
                 check_labels(self._closed(split).labels, ask.names, _PREFIX_REMEDY)
                 self._check_ids(split)

@@ -15,6 +15,9 @@ import jinja2.sandbox
 
 from moe_prefill.errors import ModelError, RowError, UsageError
 
+# What an expression of a template raises when messages are not what it expects.
+_TEMPLATE_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
 
 class ChatTemplate:
     """One user message, and a system message if there is one, to the text that ends with the generation prompt.
@@ -64,7 +67,7 @@ class ChatTemplate:
                 enable_thinking=False,
                 **self._variables,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *_TEMPLATE_MISTAKES) as error:
             raise RowError("chat_template", f"the model's chat template refused the messages: {error}") from error
 
 
