@@ -88,6 +88,8 @@ class ParquetTable(Table):
             joined = pa.concat_tables(parts)
             held = joined.slice(count)
             yield _batch(joined.slice(0, count), columns)
+            del parts, joined
+            pa.default_memory_pool().release_unused()  # or freed row groups pile up in the pool
 
     def _pieces(self, first_file: int, skip: int) -> Iterator[pa.Table]:
         for path in self.files[first_file:]:
