@@ -18,7 +18,7 @@ class FakeEngine:
     def __init__(
         self, *, plan: str = "plan-a", max_request: int = 64, max_sweep: int = 4096, pause_s: float = 0.0
     ) -> None:
-        self.limits = EngineLimits(max_request_tokens=max_request, max_sweep_tokens=max_sweep, vocab_size=256)
+        self.limits = EngineLimits(max_request_tokens=max_request, max_sweep_tokens=max_sweep, vocab_size=512)
         self.stats = RunStats()
         self.plan_digest = plan
         self.peak_flops: float | None = 1e12
@@ -42,7 +42,8 @@ class FakeEngine:
             return RowError("too_long", f"{len(request.tokens)} tokens, the limit is {self.limits.max_request_tokens}")
         seed = hashlib.sha256(request.tokens.tobytes()).digest()
         values = [seed[i % 32] / 16 + int(token) % 7 for i, token in enumerate(request.ids)]
-        return AtomicResult(np.array(values, np.float32))
+        log_z = np.full(len(request.positions), 30, np.float32) if request.vocabulary else None
+        return AtomicResult(np.array(values, np.float32), log_z)
 
     def close(self) -> None:
         pass

@@ -51,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoePrefillError as error:
         return _told(error, debug="--debug" in arguments)
     except KeyboardInterrupt:
-        _say("interrupted. Finished windows are kept: go on with --resume", "yellow")
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again
         return EXIT_PIPE
     except Exception as error:
         return _other(error)
+    if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code
+        _say("interrupted. Finished windows are kept: go on with --resume", "yellow")
     return code if isinstance(code, int) else 0
 
 
