@@ -54,12 +54,12 @@ def test_too_many_options(small: Tokenizer) -> None:
     task = build_task(ChooseConfig(options_column="list"), small, LIMITS)
     lists = [["x"] * 26, ["x"] * 27, [], ["a", ""], None, "[1", "{}"]
     codes = [value if isinstance(value, str) else "" for value in run(task, *({**ROW, "list": one} for one in lists))]
-    assert codes == ["", "too_many_options", "empty_text", "empty_text", "empty_text", "bad_list", "bad_list"]
+    assert codes == ["", "too_many_options", "no_options", "empty_text", "empty_text", "bad_list", "bad_list"]
 
 
 def test_a_gap_between_options_is_an_error(small: Tokenizer) -> None:
     task = build_task(ChooseConfig(option_columns=("a", "c", "b")), small, LIMITS)
-    assert run(task, ROW) == ["empty_text"]
+    assert run(task, ROW, {"text": "x"}) == ["empty_text", "no_options"]
 
 
 def test_exactly_one_source_and_known_columns(small: Tokenizer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -101,14 +103,39 @@ def test_label_end_closes_labels_that_are_prefixes(small: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (("spam", "spam"), "are the same tokens"),
-        (("spam", ""), "'' and|has no tokens|token prefix"),
+        (("spam", "spam"), "'spam' is given twice"),
+        (("spam", " "), "label 2 is ' ', which has nothing to score"),
+        (("spam", "spam at"), "'spam' is a token prefix of label 'spam at'"),
     ],
 )
 def test_labels_that_clash_are_refused_before_any_row(small: Tokenizer, labels: tuple[str, ...], message: str) -> None:
-    config = ClassifyConfig(labels=tuple(Label(name=name) for name in labels), label_prefix="")
     with pytest.raises(TaskError, match=message):
-        build_task(config, small, LIMITS)
+        build_task(ClassifyConfig(labels=tuple(Label(name=name) for name in labels)), small, LIMITS)
+
+
+def test_words_that_are_the_same_tokens_are_refused(small: Tokenizer) -> None:
+    labels = (Label(name="a", word="spam"), Label(name="b", word="spam"))
+    with pytest.raises(TaskError, match="labels 'a' and 'b' are the same tokens"):
+        build_task(ClassifyConfig(labels=labels), small, LIMITS)
+
+
+def test_labels_that_merge_with_some_contexts_are_row_errors(small: Tokenizer) -> None:
+    config = ClassifyConfig(labels=(Label(name="am"), Label(name="day")), template="{text}", label_prefix="")
+    rows = ({"text": "sp"}, {"text": "to-"})
+    first, second = run(build_task(config, small, LIMITS), *rows)
+    assert first == "label_boundary"
+    assert isinstance(second, dict)
+    split = dataclasses.replace(config, boundary="split")
+    assert all(isinstance(values, dict) for values in run(build_task(split, small, LIMITS), *rows))
+
+
+def test_a_tokenizer_with_more_ids_than_its_model(small: Tokenizer) -> None:
+    short = dataclasses.replace(LIMITS, vocab_size=small.vocab_size - 1)
+    last = small.token_string(small.vocab_size - 1)
+    task = build_task(ClassifyConfig(labels=(Label(name="1"), Label(name="2")), template="{text}\n"), small, short)
+    good, bad = run(task, {"text": "a day"}, {"text": f"{last}{last}"})
+    assert isinstance(good, dict)
+    assert bad == "bad_ids"
 
 
 def test_table_errors_come_before_any_row(small: Tokenizer) -> None:
@@ -125,7 +152,7 @@ def test_table_errors_come_before_any_row(small: Tokenizer) -> None:
 def test_a_bad_row_leaves_its_neighbours_alone(small: Tokenizer) -> None:
     task = build_task(ClassifyConfig(labels=LABELS), small, LIMITS)
     good = run(task, ROW)
-    bad = [{"text": None}, {"text": " \n"}, {}, {"text": "word " * 500}]
+    bad = [{"text": None}, {"text": " \n"}, {"text": float("nan")}, {"text": "word " * 500}, {"text": "x\ud800"}]
     mixed = run(task, bad[0], ROW, *bad[1:])
     assert mixed[1] == good[0]
     assert [value for value in mixed if isinstance(value, str)] == [
@@ -133,6 +160,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(small: Tokenizer) -> None:
         "empty_text",
         "empty_text",
         "too_long",
+        "bad_text",
     ]
 
 

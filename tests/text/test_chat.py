@@ -21,7 +21,8 @@ MADE = {
     ),
     "blocks": (
         "{%- set ns = namespace(found=false) %}\n{% for message in messages %}\n"
-        "    {%- if message.role == 'system' %}\n    {%- set ns.found = true %}\n{% continue %}\n    {%- endif %}\n<|{{ message.role }}|>\n"
+        "    {%- if message.role == 'system' %}\n    "
+        "{%- set ns.found = true %}\n{% continue %}\n    {%- endif %}\n<|{{ message.role }}|>\n"
         "{{ message.content | trim }}{{ eos_token }}\n{%- endfor %}\n"
         "{% if add_generation_prompt %}\n<|assistant|>\n{% if enable_thinking is defined and not enable_thinking %}\n"
         "<think></think>\n{% endif %}{% endif %}{% if tools is none and documents is none %}!{% endif %}{{ ns.found }}"

@@ -14,7 +14,7 @@ from moe_prefill.tasks.common import LabelTask, asked_of, label_scores
 from moe_prefill.tasks.config import ChooseConfig
 from moe_prefill.tasks.labels import softmax
 from moe_prefill.tasks.prompts import Ask
-from moe_prefill.tasks.template import as_text, texts_of
+from moe_prefill.tasks.template import as_text, need_text, texts_of
 from moe_prefill.text import Tokenizer
 
 _PLAIN = "{%s}\n\n{options}\n\nAnswer:"
@@ -71,11 +71,9 @@ class ChooseTask(LabelTask):
         if config.options_column is not None:
             options = texts_of(row, config.options_column)
         else:
-            options = [as_text(row.get(name)) for name in config.option_columns]
-            while options and not options[-1].strip():
-                options.pop()  # rows may have fewer options than there are columns
-        if not options or any(not option.strip() for option in options):
-            raise RowError("empty_text", f"the row has an empty option, or none at all: {options!r}")
+            options = _column_options(row, config.option_columns)
+        if not options:
+            raise RowError("no_options", "the row has no options; at least one is needed")
         if len(options) > len(self._identifiers):
             raise RowError("too_many_options", self._too_many(len(options)))
         return options
@@ -91,3 +89,10 @@ class ChooseTask(LabelTask):
             f"{self._identifiers[0]} to {self._identifiers[-1]}; "
             "use letters (up to 26), or the task rank, which takes any number of candidates"
         )
+
+
+def _column_options(row: Row, names: Sequence[str]) -> list[str]:
+    """One option a column; rows may have fewer options than there are columns, at the end."""
+    filled = [i for i, name in enumerate(names) if as_text(row.get(name)).strip()]
+    last = filled[-1] + 1 if filled else 0
+    return [need_text(row.get(name), f"column {name!r}") for name in names[:last]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,11 @@ class ClassifyConfig(TaskConfig):
         one_of("normalize", self.normalize, ("candidates", "vocabulary"))
         if not self.labels:
             raise TaskError("classify needs labels: give --labels first,second,... (labels = [...] in a task file)")
+        need_texts("label", [label.text for label in self.labels])
+        names = [label.name for label in self.labels]
+        double = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if double is not None:
+            raise TaskError(f"label {double!r} is given twice; every label has one probability")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,7 @@ class ChooseConfig(TaskConfig):
                 "choose takes its options from exactly one of options, option_columns and options_column; "
                 f"{given} of them were given"
             )
+        need_texts("option", self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,8 @@ class CandidatesConfig(TaskConfig):
         TaskConfig.__post_init__(self)
         if bool(self.candidates) == (self.candidates_column is not None):
             raise TaskError("candidates come from exactly one of candidates and candidates_column")
+        need_texts("candidate", self.candidates)
+        need_texts("yes or no", (self.yes, self.no))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +165,13 @@ class ScoreConfig(TaskConfig):
             raise TaskError("token_ids_column is the whole prompt: it excludes template, continuation and chat")
         if self.chat and self.template is None:
             raise TaskError("score with chat needs a template: it becomes the user's message before the continuation")
+
+
+def need_texts(what: str, texts: Sequence[str]) -> None:
+    """Raise TaskError for a text that is empty or nothing but white space."""
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise TaskError(f"{what} {i + 1} is {text!r}, which has nothing to score; give it a text")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

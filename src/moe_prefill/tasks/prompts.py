@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_prefill.core import AtomicRequest, EngineLimits
+from moe_prefill.core import AtomicRequest, EngineLimits, Int32Array
 from moe_prefill.errors import RowError, TaskError
 from moe_prefill.tasks.boundary import Split, Spot, split_spots
 from moe_prefill.tasks.config import TaskConfig, Truncate
@@ -140,6 +140,7 @@ class Prompter:
         for split in splits:
             if isinstance(split, RowError):
                 raise split
+            check_vocabulary(split.context, self.tokenizer, self._vocab_size)
             closed.append(self._closed(split))
         plans = [self._plan(split, ask.names) for split in closed]
         requests = tuple(plan.requests(split.context) for plan, split in zip(plans, closed, strict=True))
@@ -234,6 +235,17 @@ def cut_text(text: str, spans: Sequence[tuple[int, int]], excess: int, side: Tru
         return text[: spans[keep][0]]
     head = keep // 2
     return text[: spans[head][0]] + text[spans[head + excess][0] :]
+
+
+def check_vocabulary(ids: Int32Array, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise RowError for ids that the model does not have; possible only where its tokenizer has more of them."""
+    if tokenizer.vocab_size > vocab_size and len(ids) and int(ids.max()) >= vocab_size:
+        token = int(ids.max())
+        raise RowError(
+            "bad_ids",
+            f"the text holds the token {tokenizer.token_string(token)!r} with id {token}, but the model's ids end at "
+            f"{vocab_size - 1}; take that token out of the text",
+        )
 
 
 def too_long(count: int, limit: int, truncate: Truncate) -> RowError:

@@ -13,7 +13,7 @@ from moe_prefill.tasks.base import Preview, Row
 from moe_prefill.tasks.boundary import Split, Spot, split_spots
 from moe_prefill.tasks.common import check_outputs, digest_of, prefixed
 from moe_prefill.tasks.config import ScoreConfig
-from moe_prefill.tasks.prompts import Prompter, cut_text, longest_field, too_long
+from moe_prefill.tasks.prompts import Prompter, check_vocabulary, cut_text, longest_field, too_long
 from moe_prefill.tasks.template import Template, check_columns, columns_of, fields_of
 from moe_prefill.text import Tokenizer
 
@@ -60,6 +60,7 @@ class ScoreTask:
         self._config = config
         self._tokenizer = tokenizer
         self._limit = limits.max_request_tokens
+        self._vocab_size = limits.vocab_size
         self._continuation = Template.parse(config.continuation or f"{{{config.text_column}}}")
         self._prompter = None
         self._cuttable = columns_of([self._continuation], ())
@@ -155,6 +156,7 @@ class ScoreTask:
                 "nothing_to_score",
                 "no token of the text has another one before it; give a context, or a text of two tokens or more",
             )
+        check_vocabulary(scored.ids, self._tokenizer, self._vocab_size)
         request = AtomicRequest.continuation(scored.ids, scored.start, top_k=self._config.top_k)
         return PreparedRow((request,), scored, notes)
 

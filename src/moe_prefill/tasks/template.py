@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,20 +75,30 @@ def check_columns(needed: Collection[str], columns: Sequence[str] | None, reserv
 
 
 def fields_of(row: Row, names: Collection[str]) -> dict[str, str]:
-    """The named values as text. Raises RowError("empty_text") for a null or a text of nothing but white space."""
-    fields = {}
-    for name in sorted(names):
-        text = as_text(row.get(name))
-        if not text.strip():
-            what = "null" if row.get(name) is None else "empty"
-            raise RowError("empty_text", f"column {name!r} is {what}; the prompt needs a text there")
-        fields[name] = text
-    return fields
+    """The named values as text. Raises RowError for a null, a text of nothing but white space, or broken Unicode."""
+    return {name: need_text(row.get(name), f"column {name!r}") for name in sorted(names)}
+
+
+def need_text(value: object, where: str) -> str:
+    """A value as text that can be tokenised. Raises RowError("empty_text") or RowError("bad_text")."""
+    text = as_text(value)
+    if not text.strip():
+        raise RowError(
+            "empty_text", f"{where} is {'null' if value is None else 'empty'}; the prompt needs a text there"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("bad_text", f"{where} cannot be written as UTF-8: {error}; repair the text") from error
+    return text
 
 
 def as_text(value: object) -> str:
-    """A value as a table shows it: numbers as they are, booleans in lower case, dates in ISO form, lists as JSON."""
-    if value is None:
+    """A value as a table shows it: numbers as they are, booleans in lower case, dates in ISO form, lists as JSON.
+
+    What stands for a missing value, None and not-a-number, is an empty text.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
         return value
@@ -121,11 +132,7 @@ def list_of(row: Row, column: str) -> list[object]:
 
 def texts_of(row: Row, column: str) -> list[str]:
     """A list of non-empty texts. Raises RowError."""
-    texts = [as_text(value) for value in list_of(row, column)]
-    for i, text in enumerate(texts):
-        if not text.strip():
-            raise RowError("empty_text", f"entry {i} of column {column!r} is empty")
-    return texts
+    return [need_text(value, f"entry {i} of column {column!r}") for i, value in enumerate(list_of(row, column))]
 
 
 def _brace_error(source: str, at: int) -> TaskError:

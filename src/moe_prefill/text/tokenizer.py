@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,10 @@ class Tokenizer:
         """Load from a model directory. Raises ModelError with the remedy where that is impossible."""
         return cls(load_files(path))
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        added = self.backend.get_added_tokens_decoder()
-        return max(int(self.backend.get_vocab_size(with_added_tokens=True)), *(index + 1 for index in added), 0)
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Int32Array:
         """Ids of one text, int32 [T]."""
