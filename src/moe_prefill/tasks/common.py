@@ -112,7 +112,7 @@ def check_outputs(outputs: Sequence[Column], columns: Sequence[str] | None) -> N
     if clash:
         raise TaskError(
             f"the table has the output column {', '.join(map(repr, clash))} already; "
-            "rename the output columns with --output-prefix (for example 'new_')"
+            "give the added columns a prefix, for example --prefix new_"
         )
 
 

@@ -70,7 +70,7 @@ def check_columns(needed: Collection[str], columns: Sequence[str] | None, reserv
         own = f", and this task's own {', '.join(sorted(reserved))}" if reserved else ""
         raise TaskError(
             f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(columns)}{own}. Name one of "
-            "them in the template as {column}, or the text column with --text"
+            "them in the template as {column}, or the text column with --text-column"
         )
 
 
