@@ -12,7 +12,7 @@ from moe_prefill.errors import TaskError
 from moe_prefill.tasks import RankConfig, SelectConfig, build_task
 from moe_prefill.text import Tokenizer
 from tests.tasks.fake_model import LIMITS, WIDE, logprob, run
-from tests.text.tokenizers_for_tests import REAL, real
+from tests.text.tokenizers_for_tests import PROMPTED, real
 
 NAMES = ("spam", "a good day", "the lazy dog", "fox")
 TEMPLATE = "{text}? {candidate}:"
@@ -86,12 +86,9 @@ def test_the_template_must_name_the_candidate(small: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", [SelectConfig, RankConfig])
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("name", "chat"), PROMPTED)
 def test_siblings_share_their_prompts_head(kind: type[SelectConfig] | type[RankConfig], name: str, chat: bool) -> None:
     tokenizer = real(name)
-    if chat and tokenizer.chat_template is None:
-        pytest.skip(f"the {name} package has no chat template")
     task = build_task(kind(candidates=NAMES, chat=chat), tokenizer, WIDE)
     (prepared,) = task.prepare([{"text": "a long text " * 20}])
     assert isinstance(prepared, PreparedRow)

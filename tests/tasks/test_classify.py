@@ -12,7 +12,7 @@ from moe_prefill.errors import ModelError, RowError, TaskError
 from moe_prefill.tasks import ClassifyConfig, Label, build_task
 from moe_prefill.text import Tokenizer
 from tests.tasks.fake_model import LIMITS, WIDE, answer, logprob, run
-from tests.text.tokenizers_for_tests import REAL, real
+from tests.text.tokenizers_for_tests import PROMPTED, real
 
 NAMES = ("spam", "not spam at all", "ham")
 LABELS = tuple(Label(name=name) for name in NAMES)
@@ -231,12 +231,9 @@ def test_digest_names_what_changes_answers(small: Tokenizer) -> None:
     assert build_task(base, small, LIMITS).digest == build_task(base, small, LIMITS, ["text"]).digest
 
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("name", "chat"), PROMPTED)
 def test_with_published_tokenizers(name: str, chat: bool) -> None:
     tokenizer = real(name)
-    if chat and tokenizer.chat_template is None:
-        pytest.skip(f"the {name} package has no chat template")
     task = build_task(ClassifyConfig(labels=LABELS, chat=chat), tokenizer, WIDE)
     rows = [{"text": text} for text in ("Win 1000$!!", "日本語のメール", "ends with space ", "👍🏽")]
     for prepared in task.prepare(rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,12 @@ def test_flags_may_override_a_file(tmp_path: Path) -> None:
     assert config == SelectConfig(candidates=("a",), threshold=0.9)
     with pytest.raises(TaskError, match="cannot be read"):
         read_task_file(tmp_path / "missing.toml")
+
+
+def test_the_guides_examples_are_valid() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```toml\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(examples) >= 3
+    for text in examples:
+        values = tomllib.loads(text)
+        config_from_mapping(values.pop("task"), values)

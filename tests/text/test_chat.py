@@ -10,7 +10,7 @@ import pytest
 
 from moe_prefill.errors import ModelError, RowError, UsageError
 from moe_prefill.text import ChatTemplate, Tokenizer
-from tests.text.tokenizers_for_tests import real, real_directory, write_small
+from tests.text.tokenizers_for_tests import WITH_CHAT, real, real_directory, write_small
 
 MADE = {
     "brackets": (
@@ -43,7 +43,7 @@ SYSTEMS = [None, "You are terse."]
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("user", MESSAGES)
-@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("name", WITH_CHAT)
 def test_published_templates(name: str, user: str, system: str | None) -> None:
     transformers = pytest.importorskip("transformers")
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(real_directory(name))

@@ -23,6 +23,8 @@ from moe_prefill.text import Tokenizer
 
 VERSION = "3.7.2"
 REAL = ("qwen3", "gptoss", "deepseek_v3", "llama2")  # llama2's package holds Mistral's tokenizer
+WITH_CHAT = ("qwen3", "deepseek_v3")  # the packages that ship a chat template
+PROMPTED = tuple((name, chat) for chat in (False, True) for name in (WITH_CHAT if chat else REAL))
 
 _CORPUS = [
     "the quick brown fox jumps over the lazy dog. Is this spam? Answer: yes, no, maybe.",
