@@ -53,7 +53,7 @@ def test_classify_writes_answers_and_a_summary(
     assert set(rows[0]["probabilities"]) == {"ham", "spam"}
     said = capsys.readouterr()
     assert "4 rows" in said.out
-    assert "1 rows with error empty_text" in said.out
+    assert "1 row with error empty_text" in said.out
     assert "accuracy" in said.out
     assert "gold \\ answer" in said.out
     assert said.err == ""

@@ -26,6 +26,7 @@ from moe_prefill.errors import InputError, OutputError, RowError, UsageError
 from moe_prefill.jobs import (
     FileOutput,
     JobConfig,
+    LabelMetrics,
     Shard,
     StreamOutput,
     WindowSize,
@@ -121,11 +122,11 @@ def test_metrics_count_errors_and_unknown_labels_apart(tmp_path: Path) -> None:
     summary = run(source, tmp_path / "out.jsonl", label_column="gold", labels=("ham", "spam"))
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     compared = [a for a in answers if a["error"] is None and a["gold"] in ("ham", "spam")]
-    assert summary.metrics
+    assert isinstance(summary.metrics, LabelMetrics)
     assert summary.metrics.compared == len(compared)
     assert summary.metrics.accuracy == sum(a["label"] == a["gold"] for a in compared) / len(compared)
-    assert summary.metrics.unknown_gold == {"eggs": 1}
-    assert (summary.metrics.no_gold, summary.metrics.with_error) == (1, 6)
+    assert summary.metrics.apart.unknown_gold == {"eggs": 1}
+    assert (summary.metrics.apart.no_gold, summary.metrics.apart.with_error) == (1, 6)
     for score in summary.metrics.classes:
         hits = sum(a["label"] == a["gold"] == score.label for a in compared)
         answered = sum(a["label"] == score.label for a in compared)
@@ -340,7 +341,8 @@ def test_merged_shards_are_the_whole_output(tmp_path: Path, kind: str, count: in
         with pytest.raises(UsageError, match="all shards"):
             merge_shards(shards, merged)
         return
-    assert merge_shards(shards[::-1], merged) == whole.counts
+    both = merge_shards(shards[::-1], merged)
+    assert (both.counts, both.metrics) == (whole.counts, whole.metrics)
     if kind == "parquet":
         assert pq.read_table(merged).equals(pq.read_table(tmp_path / "whole.parquet"), check_metadata=True)
     else:

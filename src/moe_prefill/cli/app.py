@@ -16,11 +16,12 @@ from rich.text import Text
 
 from ..config import EngineConfig
 from ..errors import MoePrefillError, RowError
-from ..jobs import compute_metrics, merge_shards
+from ..jobs import merge_shards
 from ..tasks.taskfile import CONFIGS
 from .commands import run_task
 from .fields import keyword, make_command, parameters_of
 from .flags import ENGINE_FLAGS, JOB_FLAGS, TASK_FLAGS, RunOptions
+from .report import show_metrics
 
 EXIT_BUG = 70  # an error that is not the user's
 EXIT_INTERRUPTED = 130
@@ -116,14 +117,12 @@ def merge(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Put the outputs of all shards of a job together."""
-    counts = merge_shards(shards, output, overwrite=overwrite)
+    merged = merge_shards(shards, output, overwrite=overwrite)
     console = Console(highlight=False)
+    if merged.metrics:
+        show_metrics(merged.metrics, console)
+    counts = merged.counts
     console.print(f"{counts.rows:,} rows, {counts.num_errors:,} with errors -> {output}", markup=False, soft_wrap=True)
-    if counts.pairs:
-        metrics = compute_metrics(counts)
-        console.print(
-            f"accuracy {metrics.accuracy:.4f}, macro F1 {metrics.macro_f1:.4f} over {metrics.compared:,} rows"
-        )
 
 
 @app.callback(invoke_without_command=True)

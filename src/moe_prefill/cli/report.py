@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..jobs import Metrics, Summary
+from ..jobs import ClassScore, LabelMetrics, Metrics, RankMetrics, Summary
 from .flags import RunOptions
 from .progress import duration
 
@@ -38,7 +39,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     counts, data = summary.counts, summary.to_json()
     resumed = f" ({summary.resumed_rows:,} of them by earlier runs)" if summary.resumed_rows else ""
     console.print(
-        f"{counts.rows:,} rows{resumed} -> {escape(summary.output)} in {duration(summary.seconds)}", soft_wrap=True
+        f"{rows_text(counts.rows)}{resumed} -> {escape(summary.output)} in {duration(summary.seconds)}", soft_wrap=True
     )
     if summary.stats.requests:
         mfu = "" if data["mfu"] is None else f", MFU {data['mfu']:.1%} of {summary.peak_flops:.3g} FLOP/s"
@@ -46,9 +47,9 @@ def show_summary(summary: Summary, console: Console) -> None:
         rate = f"{data['rows_per_s']:,} rows/s, {data['tokens_per_s']:,} tokens/s"
         console.print(f"{rate}, {saved}{mfu}", soft_wrap=True)
     for code, number in counts.errors.most_common():
-        console.print(f"[red]{number:,} rows with error {escape(code)}[/red]")
+        console.print(f"[red]{rows_text(number)} with error {escape(code)}[/red]")
     for note, number in counts.notes.most_common():
-        console.print(f"{number:,} rows: {escape(note.replace('_', ' '))}")
+        console.print(f"{rows_text(number)}: {escape(note.replace('_', ' '))}")
     changed = counts.notes["length_normalisation_changed"]
     if changed > _WARN_SHARE * counts.rows:
         share = f"{changed / counts.rows:.0%}"
@@ -60,29 +61,38 @@ def show_summary(summary: Summary, console: Console) -> None:
 
 
 def show_metrics(metrics: Metrics, console: Console) -> None:
-    """Accuracy, F1 and the confusion table."""
-    console.print(f"accuracy {metrics.accuracy:.4f}, macro F1 {metrics.macro_f1:.4f} over {metrics.compared:,} rows")
-    if len(metrics.labels) <= _MAX_CLASSES:
+    """The headline, and for labels the confusion table and each class."""
+    console.print(metrics.headline())
+    if isinstance(metrics, LabelMetrics) and len(metrics.labels) <= _MAX_CLASSES:
         console.print(_confusion(metrics))
-    table = Table("label", "rows", "precision", "recall", "F1")
-    for score in metrics.classes:
-        ratios = (f"{value:.4f}" for value in (score.precision, score.recall, score.f1))
-        table.add_row(escape(score.label), f"{score.support:,}", *ratios)
-    console.print(table)
+    if not isinstance(metrics, RankMetrics):
+        console.print(_classes(metrics.classes))
     apart = {
-        "with an error": metrics.with_error,
-        "with a gold label that the task does not have": sum(metrics.unknown_gold.values()),
-        "without a gold label": metrics.no_gold,
+        "with an error": metrics.apart.with_error,
+        "with a gold label that the task does not have": sum(metrics.apart.unknown_gold.values()),
+        "without a gold label": metrics.apart.no_gold,
     }
     for what, number in apart.items():
         if number:
-            console.print(f"not compared: {number:,} rows {what}")
-    if metrics.unknown_gold:
-        names = ", ".join(repr(name) for name in list(metrics.unknown_gold)[:10])
-        console.print(escape(f"unknown gold labels: {names}"), soft_wrap=True)
+            console.print(f"not compared: {rows_text(number)} {what}")
+    if metrics.apart.unknown_gold:
+        names = ", ".join(repr(name) for name in list(metrics.apart.unknown_gold)[:10])
+        console.print(f"unknown gold labels: {names}", soft_wrap=True, markup=False)
 
 
-def _confusion(metrics: Metrics) -> Table:
+def rows_text(number: int) -> str:
+    return f"{number:,} row{'s' * (number != 1)}"
+
+
+def _classes(classes: Sequence[ClassScore]) -> Table:
+    table = Table("label", "rows", "precision", "recall", "F1")
+    for score in classes:
+        ratios = (f"{value:.4f}" for value in (score.precision, score.recall, score.f1))
+        table.add_row(escape(score.label), f"{score.support:,}", *ratios)
+    return table
+
+
+def _confusion(metrics: LabelMetrics) -> Table:
     table = Table("gold \\ answer", *(escape(label) for label in metrics.labels))
     for label, row in zip(metrics.labels, metrics.confusion, strict=True):
         table.add_row(escape(label), *(f"{number:,}" for number in row))

@@ -1,21 +1,26 @@
 """Jobs: a task over a table, window by window, resumable; free of torch."""
 
+from .compare import Metrics, RankMetrics, SetMetrics, metrics_of
 from .counts import Counts
 from .fingerprint import model_fingerprint
 from .merge import merge_shards
-from .metrics import Metrics, compute_metrics
+from .metrics import ClassScore, LabelMetrics
 from .output import FileOutput, Output, StreamOutput, sidecar_path
 from .runner import JobConfig, Observer, Silent, check_columns, run_job
 from .summary import Summary
 from .windows import Shard, Window, WindowSize, cut_windows
 
 __all__ = [
+    "ClassScore",
     "Counts",
     "FileOutput",
     "JobConfig",
+    "LabelMetrics",
     "Metrics",
     "Observer",
     "Output",
+    "RankMetrics",
+    "SetMetrics",
     "Shard",
     "Silent",
     "StreamOutput",
@@ -23,9 +28,9 @@ __all__ = [
     "Window",
     "WindowSize",
     "check_columns",
-    "compute_metrics",
     "cut_windows",
     "merge_shards",
+    "metrics_of",
     "model_fingerprint",
     "run_job",
     "sidecar_path",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..core import AtomicRequest, AtomicResult, Column, EngineLimits, PreparedRow
 from ..errors import RowError
+from .compare import compared_pair
 from .counts import Counts
 from .tables import Batch, Row
-from .tables.values import csv_text
 from .windows import Window
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ class Answers:
         if gold is None or gold == "":
             self.counts.notes["no_gold_label"] += 1
             return
-        given = None if self._error_name in row else csv_text(row.get(self._task.answer_column))
-        self.counts.pairs[csv_text(gold), given] += 1
+        pair: tuple[str, str | None] = compared_pair(self._task.name, gold, row.get(self._task.answer_column))
+        if self._error_name in row:
+            pair = (pair[0], None)
+        self.counts.pairs[pair] += 1
 
 
 def _all_good(results: Sequence[AtomicResult | Exception]) -> list[AtomicResult]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import InputError, OutputError, UsageError
+from .compare import Metrics, metrics_of
 from .counts import Counts
 from .durable import file_digest, write_durably
 from .manifest import FORMAT_VERSION, read_json
@@ -45,8 +46,16 @@ class ShardFile:
         return value
 
 
-def merge_shards(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> Counts:
-    """Write the whole output from its shards, in any order given; returns the counts of all rows.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """Counts of all rows, and metrics where the job had a label column."""
+
+    counts: Counts
+    metrics: Metrics | None
+
+
+def merge_shards(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> Merged:
+    """Write the whole output from its shards, in any order given; returns what was counted over all rows.
 
     Raises UsageError for fewer than two files, InputError for a file without its record, a changed or missing shard,
     and shards of different jobs, OutputError where the output exists.
@@ -64,7 +73,10 @@ def merge_shards(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     parquet = shards[0].identity["output.format"] == "parquet"
     write_durably(output, lambda file: (_join_parquet if parquet else _join_text)(file, shards))
     _write_record(output, shards, counts)
-    return counts
+    labels = _mapping(shards[0].record, "about").get("labels")
+    known = tuple(map(str, labels)) if isinstance(labels, list) and labels else None
+    kind = str(shards[0].identity["task.kind"])
+    return Merged(counts=counts, metrics=metrics_of(kind, counts, known) if counts.pairs else None)
 
 
 def _open(path: Path) -> ShardFile:
@@ -149,7 +161,7 @@ def _write_record(output: Path, shards: Sequence[ShardFile], counts: Counts) -> 
             "header_bytes": shards[0].output_number("header_bytes"),
         },
         "counts": counts.to_json(),
-        "about": {"merged": [shard.path.name for shard in shards]},
+        "about": {**_mapping(shards[0].record, "about"), "merged": [shard.path.name for shard in shards]},
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_durably(sidecar_path(output), lambda file: file.write(text.encode()))

@@ -13,9 +13,9 @@ from ..core import Column, EngineLimits, ScoringEngine
 from ..errors import InputError, UsageError
 from .ahead import one_ahead
 from .answers import Answers, Group, error_column, groups_of
+from .compare import check_comparable, metrics_of
 from .counts import Counts
 from .manifest import job_identity
-from .metrics import compute_metrics
 from .output import Output
 from .summary import Summary, since, snapshot
 from .tables import Batch, Format, Row, Table, TableWriter, open_writer
@@ -106,11 +106,12 @@ def run_job(
         missing = [window for window in mine if window.index not in done]
         for one in _answer_windows(table, task, engine, output, writer, missing, config, observer):
             counts.add(one)
-        output.finish(mine, table.num_rows, {"seconds": round(time.monotonic() - begin_s, 3), "model": dict(model)})
+        about = {"seconds": round(time.monotonic() - begin_s, 3), "labels": list(config.labels or ())}
+        output.finish(mine, table.num_rows, about)
     return Summary(
         output=output_name,
         counts=counts,
-        metrics=compute_metrics(counts, config.labels) if config.label_column else None,
+        metrics=metrics_of(task.name, counts, config.labels) if config.label_column else None,
         resumed_rows=resumed.rows,
         seconds=time.monotonic() - begin_s,
         stats=since(engine.stats, start),
@@ -178,6 +179,8 @@ def _needed(table: Table, task: Task, config: JobConfig) -> frozenset[str] | Non
 
 def check_columns(table: Table, task: Task, added: Sequence[Column], label_column: str | None) -> None:
     """Raise InputError for a column that is needed and not there, UsageError for an added one that is there already."""
+    if label_column is not None:
+        check_comparable(task.name)
     for name in sorted(task.placeholders | ({label_column} if label_column else set())):
         if name not in table.columns:
             close = difflib.get_close_matches(name, table.columns, n=1)

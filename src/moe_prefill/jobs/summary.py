@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..core import RunStats
+from .compare import Metrics
 from .counts import Counts
-from .metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _READ_ROWS = 1024  # rows decoded at a time: bounds memory beside one window
+_BUFFER_BYTES = 1 << 20  # of each column: a row group is streamed, not read whole
 
 
 class ParquetTable(Table):
@@ -169,7 +170,7 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {error}") from error

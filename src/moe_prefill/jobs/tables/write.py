@@ -108,7 +108,8 @@ class ParquetWriter(TableWriter):
 
         with pq.ParquetWriter(file, self.schema, compression="zstd") as writer:
             for part in parts:
-                table = pq.ParquetFile(part).read()
+                with pq.ParquetFile(part) as source:
+                    table = source.read()
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
 
 
