@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
 from fakes import FakeEngine
 
+CHAT = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,7 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(special_tokens=["<|end|>"], initial_alphabet=alphabet, vocab_size=300)
     tokenizer.train_from_iterator(["spam ham text Text label Label yes no Yes No"] * 4, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "add_bos_token": False}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "add_bos_token": False, "chat_template": CHAT})
+    )
     (directory / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "max_position_embeddings": 4096}))
     (directory / "model.safetensors").write_bytes(b"weights")
     return directory

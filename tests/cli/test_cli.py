@@ -275,6 +275,23 @@ def test_resume_takes_the_sweep_size_that_the_job_began_with(
     assert classify("--resume", "--window-rows", "2") == 0  # finished: nothing to do
 
 
+def test_a_resumed_chat_job_goes_on_with_its_day(
+    classify: Callable[..., int], engine: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stops(FakeEngine):
+        def score(self, requests: Any) -> Any:
+            if self.calls:
+                raise KeyboardInterrupt
+            return super().score(requests)
+
+    engine(lambda config: Stops(max_request=4096))
+    assert classify("--window-rows", "1", "--chat", "--chat-date", "2001-02-03") == 130
+    engine()
+    assert classify("--window-rows", "1", "--chat", "--chat-date", "2001-02-04", "--resume") == 7
+    assert "2001-02-03" in capsys.readouterr().err
+    assert classify("--window-rows", "1", "--chat", "--resume") == 0
+
+
 def test_shards_and_merge(classify: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert classify("--window-rows", "1") == 0
     shards = [tmp_path / f"s{i}.jsonl" for i in (1, 2, 3)]

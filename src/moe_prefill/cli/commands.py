@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def _run(request: Request, output: Output, table: Table) -> Summary:
     from ..engine import build_engine
     from .progress import observer_for
 
+    request = replace(request, task=_dated(request.task, output))
     tokenizer = _tokenizer(request)
     early_check(request, table, tokenizer)
     with closing(build_engine(_engine_config(request, output))) as engine, observer_for(request.run) as observer:
@@ -180,6 +182,15 @@ def _tokenizer(request: Request) -> Tokenizer:
     return Tokenizer.from_directory(resolve_directory(request.run.tokenizer or request.engine.model, weights=False))
 
 
+def _dated(task: TaskConfig, output: Output) -> TaskConfig:
+    """A resumed chat job goes on with the day that it began on."""
+    if not task.chat or task.chat_date is not None:
+        return task
+    recorded = output.recorded("task.chat_date") if isinstance(output, FileOutput) else None
+    today = datetime.now().astimezone().date().isoformat()
+    return replace(task, chat_date=recorded if isinstance(recorded, str) else today)
+
+
 def _engine_config(request: Request, output: Output) -> EngineConfig:
     """A resumed job takes the sweep size that it started with: the plan may find other free memory today."""
     recorded = output.recorded("engine.max_sweep_tokens") if isinstance(output, FileOutput) else None
@@ -196,6 +207,7 @@ def _job_config(request: Request) -> JobConfig:
         shard=request.shard,
         window_rows=request.run.window_rows,
         label_column=request.run.label_column,
+        chat_date=request.task.chat_date,
         labels=tuple(label.name for label in labels) if labels else None,
     )
 

@@ -32,6 +32,7 @@ def job_identity(
     windows: Sequence[Window],
     shard: Shard,
     label_column: str | None,
+    chat_date: str | None,
 ) -> Identity:
     """Collect what a job's output depends on. ``model`` names the model and its tokenizer by content."""
     names = [path.name for path in table.files]
@@ -46,6 +47,7 @@ def job_identity(
         "input.content": table.digest,
         "task.kind": task.name,
         "task.digest": task.digest,
+        "task.chat_date": chat_date,
         "engine.plan": engine.plan_digest,
         "engine.max_sweep_tokens": engine.limits.max_sweep_tokens,
         **{f"model.{name}": value for name, value in model.items()},

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class JobConfig:
     """How to run a job. ``window_rows`` None: chosen from the engine's plan. ``prefix`` goes before the error
     column's name; the task prefixes its own columns. ``labels`` are the task's labels where it has fixed ones, for
-    the metrics.
+    the metrics. ``chat_date`` is the day that a chat template sees, recorded so that a resumed job sees the same.
     """
 
     output_format: Format
@@ -37,6 +37,7 @@ class JobConfig:
     shard: Shard = field(default_factory=Shard)
     window_rows: int | None = None
     label_column: str | None = None
+    chat_date: str | None = None
     labels: tuple[str, ...] | None = None
 
 
@@ -95,6 +96,7 @@ def run_job(
         windows=windows,
         shard=config.shard,
         label_column=config.label_column,
+        chat_date=config.chat_date,
     )
     share = sum(window.num_rows for window in mine) / table.num_rows
     done = output.begin(identity, writer, int(least_output_bytes(table, config.output_format) * share))
