@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, TYPE_CHECKING, Protocol
 
-from ..core import Column, EngineLimits, ScoringEngine
+from ..core import Column, ScoringEngine
 from ..errors import InputError, UsageError
 from .ahead import one_ahead
 from .answers import Answers, Group, error_column, groups_of
 from .compare import check_comparable, metrics_of
 from .counts import Counts
-from .manifest import job_identity
+from .manifest import Identity, job_identity
 from .output import Output
 from .summary import Summary, since, snapshot
 from .tables import Batch, Format, Row, Table, TableWriter, open_writer
@@ -74,42 +74,13 @@ def run_job(
 ) -> Summary:
     """Answer every row of ``table`` and write it to ``output``.
 
-    ``model`` names the model and its tokenizer by content (see ``fingerprint``). Answers depend on the input, the
-    task, the engine's plan and the window size, never on timing. Raises InputError, UsageError or OutputError; rows
-    that fail get their error in the error column.
+    ``model`` names the model and its tokenizer by content. Answers depend on the input, the task, the engine's plan and
+    the window size, never on timing. Raises InputError, UsageError or OutputError; a row that fails gets its error in
+    the error column.
     """
-    observer = observer or Silent()
-    added = (*task.columns, error_column(config.prefix))
-    check_columns(table, task, added, config.label_column)
-    size = WindowSize.planned(engine.limits, config.window_rows)
-    windows = cut_windows(table.marks, size)
-    mine = config.shard.take(windows)
-    writer = open_writer(config.output_format, table, added)
-    identity = job_identity(
-        table,
-        task,
-        engine,
-        model=model,
-        output_format=config.output_format,
-        columns=added,
-        size=size,
-        windows=windows,
-        shard=config.shard,
-        label_column=config.label_column,
-        chat_date=config.chat_date,
-    )
-    share = sum(window.num_rows for window in mine) / table.num_rows
-    done = output.begin(identity, writer, int(least_output_bytes(table, config.output_format) * share))
-    resumed = Counts.total(done.values())
+    job = _Job(table, task, engine, output, config, observer or Silent())
     begin_s, start = time.monotonic(), snapshot(engine.stats)
-    counts = Counts.total([resumed])
-    if not output.complete:
-        observer.started(sum(window.num_rows for window in mine), resumed.rows, engine)
-        missing = [window for window in mine if window.index not in done]
-        for one in _answer_windows(table, task, engine, output, writer, missing, config, observer):
-            counts.add(one)
-        about = {"seconds": round(time.monotonic() - begin_s, 3), "labels": list(config.labels or ())}
-        output.finish(mine, table.num_rows, about)
+    resumed, counts = job.run(model)
     return Summary(
         output=output_name,
         counts=counts,
@@ -121,43 +92,88 @@ def run_job(
     )
 
 
-def _answer_windows(
-    table: Table,
-    task: Task,
-    engine: ScoringEngine,
-    output: Output,
-    writer: TableWriter,
-    windows: Sequence[Window],
-    config: JobConfig,
-    observer: Observer,
-) -> Iterator[Counts]:
-    """Score the given windows one after another; yields the counts of each once it is kept."""
-    error_name = error_column(config.prefix).name
-    answers = Answers(task, error_name, config.label_column)
-    with one_ahead(_prepared(table, task, windows, engine.limits, _needed(table, task, config))) as groups:
-        for group in groups:
-            requests = group.requests()
-            observer.scoring(group, len(requests))
-            answers.add(group, engine.score(requests) if requests else [])
-            if group.last:
-                output.write(group.window, partial(_write, writer, group.batch, answers.rows), answers.counts)
-                observer.finished(group.window, answers.counts)
-                yield answers.counts
-                answers = Answers(task, error_name, config.label_column)
+class _Job:
+    """One job: what it works with, its windows, and the loop over them."""
+
+    def __init__(
+        self, table: Table, task: Task, engine: ScoringEngine, output: Output, config: JobConfig, observer: Observer
+    ) -> None:
+        self.table, self.task, self.engine, self.output = table, task, engine, output
+        self.config, self.observer = config, observer
+        self.error_column = error_column(config.prefix)
+        self.added = (*task.columns, self.error_column)
+        check_columns(table, task, self.added, config.label_column)
+        self.size = WindowSize.planned(engine.limits, config.window_rows)
+        self.all_windows = cut_windows(table.marks, self.size)
+        self.windows = config.shard.take(self.all_windows)
+        self.num_rows = sum(window.num_rows for window in self.windows)
+        self.writer = open_writer(config.output_format, table, self.added)
+
+    def run(self, model: Mapping[str, str]) -> tuple[Counts, Counts]:
+        """Compute what is missing and finish the output; returns the counts of earlier runs and of all."""
+        begin_s = time.monotonic()
+        least = least_output_bytes(self.table, self.config.output_format) * self.num_rows // self.table.num_rows
+        done = self.output.begin(self._identity(model), self.writer, least)
+        resumed = Counts.total(done.values())
+        counts = Counts.total([resumed])
+        if not self.output.complete:
+            self.observer.started(self.num_rows, resumed.rows, self.engine)
+            for one in self._answer([window for window in self.windows if window.index not in done]):
+                counts.add(one)
+            about = {"seconds": round(time.monotonic() - begin_s, 3), "labels": list(self.config.labels or ())}
+            self.output.finish(self.windows, self.table.num_rows, about)
+        return resumed, counts
+
+    def _answer(self, windows: Sequence[Window]) -> Iterator[Counts]:
+        """Score windows one after another; yields the counts of each once it is kept."""
+        answers = self._answers()
+        with one_ahead(self._prepared(windows)) as groups:
+            for group in groups:
+                requests = group.requests()
+                self.observer.scoring(group, len(requests))
+                answers.add(group, self.engine.score(requests) if requests else [])
+                if group.last:
+                    write = partial(_write, self.writer, group.batch, answers.rows)
+                    self.output.write(group.window, write, answers.counts)
+                    self.observer.finished(group.window, answers.counts)
+                    yield answers.counts
+                    answers = self._answers()
+
+    def _prepared(self, windows: Sequence[Window]) -> Iterator[Group]:
+        """Read and prepare windows; runs in the read-ahead thread. Neighbouring windows are read in one go."""
+        for run in _runs(windows):
+            batches = self.table.read(run[0].mark, [window.num_rows for window in run], self._needed())
+            for window, batch in zip(run, batches, strict=True):
+                yield from groups_of(window, batch, self.task, self.engine.limits)
+
+    def _answers(self) -> Answers:
+        return Answers(self.task, self.error_column.name, self.config.label_column)
+
+    def _needed(self) -> frozenset[str] | None:
+        """The columns whose Python values are needed: all for a text format."""
+        if self.table.format != "parquet" or self.config.output_format != "parquet":
+            return None
+        label = self.config.label_column
+        return frozenset(self.task.placeholders | ({label} if label else set()))
+
+    def _identity(self, model: Mapping[str, str]) -> Identity:
+        return job_identity(
+            self.table,
+            self.task,
+            self.engine,
+            model=model,
+            output_format=self.config.output_format,
+            columns=self.added,
+            size=self.size,
+            windows=self.all_windows,
+            shard=self.config.shard,
+            label_column=self.config.label_column,
+            chat_date=self.config.chat_date,
+        )
 
 
 def _write(writer: TableWriter, batch: Batch, rows: Sequence[Row], file: IO[bytes]) -> None:
     writer.write_part(file, batch, rows)
-
-
-def _prepared(
-    table: Table, task: Task, windows: Sequence[Window], limits: EngineLimits, columns: frozenset[str] | None
-) -> Iterator[Group]:
-    """Read and prepare windows; runs in the read-ahead thread. Neighbouring windows are read in one go."""
-    for run in _runs(windows):
-        batches = table.read(run[0].mark, [window.num_rows for window in run], columns)
-        for window, batch in zip(run, batches, strict=True):
-            yield from groups_of(window, batch, task, limits)
 
 
 def _runs(windows: Sequence[Window]) -> Iterator[list[Window]]:
@@ -170,13 +186,6 @@ def _runs(windows: Sequence[Window]) -> Iterator[list[Window]]:
         run.append(window)
     if run:
         yield run
-
-
-def _needed(table: Table, task: Task, config: JobConfig) -> frozenset[str] | None:
-    """The columns whose Python values are needed: all for a text format."""
-    if table.format != "parquet" or config.output_format != "parquet":
-        return None
-    return task.placeholders | ({config.label_column} if config.label_column else set())
 
 
 def check_columns(table: Table, task: Task, added: Sequence[Column], label_column: str | None) -> None:
