@@ -161,22 +161,30 @@ def _one_shape(
     window: int | None,
     scale: float,
 ) -> None:
-    batch, heads, kv_heads, dim = len(q_start), q.shape[1], k.shape[1], q.shape[2]
-    groups = heads // kv_heads
+    batch, kv_heads, dim = len(q_start), k.shape[1], q.shape[2]
+    groups = q.shape[1] // kv_heads
     q_rows, k_rows = _rows(q_start, nq, q.device), _rows(k_start, nk, k.device)
-    queries = q[q_rows].view(batch, nq, heads, dim).transpose(1, 2)
-    keys, values = (t[k_rows].view(batch, nk, kv_heads, dim).transpose(1, 2) for t in (k, v))
-    if not causal:  # the query heads of a group are just more rows against the same keys
-        rows = queries.reshape(batch, kv_heads, groups * nq, dim)
-        o, m = _dense(rows, keys, values, False, None, scale)
-        o, m = o.reshape(batch, heads, nq, dim), m.reshape(batch, heads, nq)
+    # A key/value head and its query heads are one batch entry, so that keys are broadcast, not repeated.
+    queries = _by_kv_head(q[q_rows], batch, kv_heads, groups)
+    keys, values = (_by_kv_head(t[k_rows], batch, kv_heads, 1).expand(-1, groups, -1, -1) for t in (k, v))
+    square = causal and nq == nk and window is None
+    mask = None if square else visible(nq, nk, causal=causal, window=window, device=q.device)
+    o, m = _dense(queries, keys, values, square, mask, scale)
+    o = o.view(batch, kv_heads, groups, nq, dim).permute(0, 3, 1, 2, 4)
+    m = m.view(batch, kv_heads, groups, nq).permute(0, 3, 1, 2)
+    if isinstance(q_rows, slice):
+        out[q_rows].view(1, nq, kv_heads, groups, dim).copy_(o)
+        lse[q_rows].view(1, nq, kv_heads, groups).copy_(m)
     else:
-        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
-        square = nq == nk and window is None
-        mask = None if square else visible(nq, nk, causal=True, window=window, device=q.device)
-        o, m = _dense(queries, keys, values, square, mask, scale)
-    out[q_rows] = o.transpose(1, 2).reshape(-1, heads, dim)
-    lse[q_rows] = m.transpose(1, 2).reshape(-1, heads)
+        out[q_rows] = o.reshape(-1, kv_heads * groups, dim)
+        lse[q_rows] = m.reshape(-1, kv_heads * groups)
+
+
+def _by_kv_head(rows: torch.Tensor, batch: int, kv_heads: int, groups: int) -> torch.Tensor:
+    """Rows [batch n, kv_heads groups, d] as [batch kv_heads, groups, n, d]; a view where the batch is one entry."""
+    dim = rows.shape[2]
+    split = rows.view(batch, -1, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+    return split[0] if batch == 1 else split.reshape(batch * kv_heads, groups, -1, dim)
 
 
 def _dense(

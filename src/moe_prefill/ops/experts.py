@@ -74,4 +74,6 @@ def combine(
         from .kernels.combine import combine_kernel
 
         return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
-    return ref_combine(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
+    # A bag of rows with weights is what an embedding bag sums, in float32, in one pass over the rows.
+    total = F.embedding_bag(row_of_slot_TK, rows_RD, per_sample_weights=weights_TK.to(rows_RD.dtype), mode="sum")
+    return total.add_(residual_TD)

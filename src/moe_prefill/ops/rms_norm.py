@@ -21,4 +21,14 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
         from .kernels.rms_norm import rms_norm_kernel
 
         return rms_norm_kernel(x_TD, weight_D, eps)
-    return ref_rms_norm(x_TD, weight_D, eps)
+    return _rms_norm(x_TD, weight_D, eps)
+
+
+def _rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """The reference in three passes over memory: the norms in float32, scaled rows straight into the dtype, the
+    weight.
+    """
+    norms = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt(norms.square_() / x_TD.shape[-1] + eps)
+    out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    return torch.mul(x_TD, scale, out=out).mul_(weight_D)

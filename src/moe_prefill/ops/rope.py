@@ -43,4 +43,16 @@ def head_norm_rope(
         return head_norm_rope_kernel(x_THd, weight_d, cos_Tr, sin_Tr, eps)
     if weight_d is not None:
         x_THd = rms_norm(x_THd, weight_d, eps)
-    return ref_apply_rope(x_THd, cos_Tr, sin_Tr)
+    return _apply_rope(x_THd, cos_Tr, sin_Tr)
+
+
+def _apply_rope(x_THd: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:
+    """The reference without its temporaries: each half is written where it belongs."""
+    half = cos_Tr.shape[-1]
+    cos, sin = cos_Tr[:, None, :], sin_Tr[:, None, :]
+    first, second = x_THd[..., :half], x_THd[..., half : 2 * half]
+    out = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = x_THd[..., 2 * half :]
+    return out
