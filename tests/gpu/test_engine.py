@@ -49,7 +49,9 @@ def test_float32_equals_transformers(family, seed):
     converted = convert(model)
     for sharing in ("off", "force"):
         engine = gpu_engine(converted, sharing=sharing)
-        for tokens, want, result in zip(sequences, expected, engine.score([everything(t) for t in sequences]), strict=True):
+        for tokens, want, result in zip(
+            sequences, expected, engine.score([everything(t) for t in sequences]), strict=True
+        ):
             got = result.logits.reshape(len(tokens), -1)
             assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), (family, seed, sharing)
 
@@ -62,7 +64,10 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(family):
     low = model.to(torch.bfloat16)
     theirs = [reference_logits(low, tokens) for tokens in sequences]
     engine = gpu_engine(convert(low), torch.bfloat16, sharing="force")
-    ours = [r.logits.reshape(len(t), -1) for t, r in zip(sequences, engine.score([everything(t) for t in sequences]), strict=True)]
+    ours = [
+        r.logits.reshape(len(t), -1)
+        for t, r in zip(sequences, engine.score([everything(t) for t in sequences]), strict=True)
+    ]
     error = lambda found: np.median(np.concatenate([np.abs(a - b).ravel() for a, b in zip(found, exact, strict=True)]))  # noqa: E731
     assert error(ours) <= 1.5 * error(theirs), (family, error(ours), error(theirs))
 

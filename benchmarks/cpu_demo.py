@@ -1,0 +1,206 @@
+"""The demo model on a CPU beside transformers: same prompts, same precision, one run.
+
+    python benchmarks/cpu_demo.py --out benchmarks/results/cpu_demo.json
+
+Two workloads. Without sharing: the shipped mails as classify prompts (sharing off on our side), one candidate set
+each. With sharing: contexts of 512 tokens with 8 continuations of 16 tokens each. transformers may choose: every
+experts implementation it has for CPUs and several batch sizes are tried, sorted by length and padded,
+`logits_to_keep=1`; the best counts. Its variant with a hand-made prefix cache is reported beside. The two sides
+alternate, each warmed up, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from moe_prefill import Engine
+from moe_prefill.core import AtomicRequest, Int32Array
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples/demo_model/checkpoint"
+MAILS = ROOT / "examples/data/mails.csv"
+PROMPT = "Mail:\n{text}\n\nQuestion: Is this mail spam or ham?\nAnswer:"
+CONTEXT, SIBLINGS, TAIL = 512, 8, 16
+
+
+def mail_prompts(engine: Engine, count: int) -> list[Int32Array]:
+    with MAILS.open(newline="", encoding="utf-8") as lines:
+        texts = [PROMPT.format(text=row["text"]) for row in csv.DictReader(lines)]
+    return list(engine.tokenizer.encode_batch(texts[:count]))
+
+
+def sibling_prompts(vocab: int, families: int) -> list[list[Int32Array]]:
+    random = np.random.default_rng(0)
+    out = []
+    for _ in range(families):
+        context = random.integers(0, vocab, CONTEXT)
+        tails = random.integers(0, vocab, (SIBLINGS, TAIL))
+        out.append([np.concatenate([context, tail]).astype(np.int32) for tail in tails])
+    return out
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ours(engine: Engine, prompts: Sequence[Int32Array], ids: list[int]) -> np.ndarray:
+    results = engine.scoring.score([AtomicRequest.candidates(tokens, ids) for tokens in prompts])
+    return np.stack([result.logits for result in results])
+
+
+class Peer:
+    """transformers on the same checkpoint."""
+
+    def __init__(self, dtype: torch.dtype, ids: list[int]) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
+        self.ids = ids
+        self.experts, self.batch = "eager", 1
+
+    @torch.inference_mode()
+    def padded(self, prompts: Sequence[Int32Array]) -> np.ndarray:
+        """Candidate logits, batched in order of length and padded on the left."""
+        self.model.set_experts_implementation(self.experts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out = np.empty((len(prompts), len(self.ids)), np.float32)
+        for low in range(0, len(order), self.batch):
+            part = order[low : low + self.batch]
+            longest = max(len(prompts[i]) for i in part)
+            ids = torch.zeros(len(part), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(part):
+                ids[row, longest - len(prompts[index]) :] = torch.from_numpy(prompts[index])
+                mask[row, longest - len(prompts[index]) :] = 1
+            even = bool(mask.all())
+            positions = None if even else (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = self.model(
+                ids, attention_mask=None if even else mask, position_ids=positions, use_cache=False, logits_to_keep=1
+            ).logits
+            out[part] = logits[:, -1, self.ids].float().numpy()
+        return out
+
+    @torch.inference_mode()
+    def cached(self, families: Sequence[Sequence[Int32Array]]) -> np.ndarray:
+        """Candidate logits with the context computed once and its cache repeated for the siblings."""
+        self.model.set_experts_implementation(self.experts)
+        out = []
+        for family in families:
+            context = torch.from_numpy(family[0][:CONTEXT]).long()[None]
+            cache = self.model(context, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(family))
+            tails = torch.from_numpy(np.stack([tokens[CONTEXT:] for tokens in family])).long()
+            logits = self.model(tails, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            out.append(logits[:, -1, self.ids].float().numpy())
+        return np.concatenate(out)
+
+    def tune(self, work: Callable[[], Any], batches: Sequence[int]) -> str:
+        """Try every setting, keep the fastest, and say which."""
+        found = {}
+        for experts in ("eager", "batched_mm", "grouped_mm"):
+            for batch in batches:
+                if experts == "batched_mm" and batch > 8:
+                    continue  # gathers a weight matrix a row: gigabytes
+                self.experts, self.batch = experts, batch
+                found[(experts, batch)] = min(seconds(work), seconds(work))
+        self.experts, self.batch = min(found, key=lambda setting: found[setting])
+        return f"experts {self.experts}, batch {self.batch}, of {len(found)} settings tried"
+
+
+def alternate(a: Callable[[], Any], b: Callable[[], Any], runs: int) -> tuple[float, float]:
+    """Median seconds of each, run in turn."""
+    a()
+    b()
+    pairs = [(seconds(a), seconds(b)) for _ in range(runs)]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def agree(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.abs(left - right).max() / np.abs(right).max())
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def measure(precision: str, threads: int, mails: int, families: int, runs: int) -> dict[str, Any]:
+    dtype = getattr(torch, precision)
+    plain = Engine(MODEL, dtype=precision, threads=threads, sharing="off", prune_last=True)
+    sharing = Engine(MODEL, dtype=precision, threads=threads)
+    ids = [int(i) for i in (plain.tokenizer.token_id("Ġspam") or 1, plain.tokenizer.token_id("Ġham") or 2)]
+    peer = Peer(dtype, ids)
+    prompts = mail_prompts(plain, mails)
+    tokens = sum(len(p) for p in prompts)
+    setting = peer.tune(lambda: peer.padded(prompts), (1, 4, 16, 32))
+    difference = agree(ours(plain, prompts, ids), peer.padded(prompts))
+    mine, theirs = alternate(lambda: ours(plain, prompts, ids), lambda: peer.padded(prompts), runs)
+    print(f"{precision}: no sharing {tokens / mine:.0f} against {tokens / theirs:.0f} tokens/s ({setting})", flush=True)
+    groups = sibling_prompts(plain.tokenizer.vocab_size, families)
+    flat = [tokens for family in groups for tokens in family]
+    sibling_setting = peer.tune(lambda: peer.padded(flat[: 2 * SIBLINGS]), (1, 4, 8, 16))
+    my_8, their_8 = alternate(lambda: ours(sharing, flat, ids), lambda: peer.padded(flat), runs)
+    cache_setting = peer.tune(lambda: peer.cached(groups[:2]), (SIBLINGS,))
+    difference_8 = agree(ours(sharing, flat, ids), peer.cached(groups))
+    my_again, their_cache = alternate(lambda: ours(sharing, flat, ids), lambda: peer.cached(groups), runs)
+    return {
+        "precision": precision,
+        "ratio_no_sharing": theirs / mine,
+        "ratio_8_siblings": their_8 / my_8,
+        "ratio_8_siblings_manual_cache": their_cache / my_again,
+        "tokens_per_s": tokens / mine,
+        "peer_tokens_per_s": tokens / theirs,
+        "requests_per_s_8_siblings": len(flat) / my_8,
+        "peer_requests_per_s_8_siblings": len(flat) / their_8,
+        "peer_requests_per_s_8_siblings_manual_cache": len(flat) / their_cache,
+        "peer_settings": {"no_sharing": setting, "8_siblings": sibling_setting, "manual_cache": cache_setting},
+        "largest_relative_difference": max(difference, difference_8),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mails", type=int, default=128)
+    parser.add_argument("--families", type=int, default=6)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
+    cells = [
+        measure(precision, options.threads, options.mails, options.families, options.runs)
+        for precision in ("bfloat16", "float32")
+    ]
+    report = {
+        **{key: value for key, value in cells[0].items() if key.startswith("ratio")},
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{cpu_name()}, {options.threads} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cells": cells,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

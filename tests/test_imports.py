@@ -1,0 +1,116 @@
+"""Which room may import which; the torch-free half loads no torch, and nothing imports in a circle."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+PACKAGE = SRC / "moe_prefill"
+
+# Room -> rooms it may import, function-level imports included. A room is a module or folder of the package.
+ALLOWED = {
+    "errors": set(),
+    "core": {"errors"},
+    "config": {"errors", "core"},
+    "machine": {"errors", "core"},
+    "costmodel": {"errors", "core", "machine"},
+    "forest": {"errors", "core"},
+    "text": {"errors", "core"},
+    "tasks": {"errors", "core", "text"},
+    "jobs": {"errors", "core", "tasks"},
+    "ops": {"errors"},
+    "checkpoint": {"errors"},
+    "experts": {"errors"},
+    "models": {"errors", "core", "ops"},
+    "engine": {
+        "errors",
+        "core",
+        "config",
+        "machine",
+        "costmodel",
+        "forest",
+        "ops",
+        "checkpoint",
+        "experts",
+        "models",
+    },
+    # The Python interface and the command line build the engine; they import the torch half inside functions only.
+    "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "engine"},
+    "cli": {
+        "errors",
+        "core",
+        "config",
+        "machine",
+        "costmodel",
+        "tasks",
+        "text",
+        "jobs",
+        "checkpoint",
+        "engine",
+        "models",
+    },
+    "__init__": {"api"},
+}
+TORCH_HALF = {"ops", "checkpoint", "experts", "models", "engine"}
+TORCH_FREE = sorted(set(ALLOWED) - TORCH_HALF - {"__init__"})
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ["moe_prefill", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts = [name.split(".") for name in names]
+        found |= {p[1] for p in parts if p[0] == "moe_prefill" and len(p) > 1}
+    return found & set(ALLOWED)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path):
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} is a new room: say here what it may import"
+    forbidden = imported_rooms(path) - ALLOWED[room] - {room}
+    assert not forbidden, f"{path.relative_to(SRC)} imports {sorted(forbidden)}"
+
+
+def test_rooms_form_no_cycle():
+    edges = {room: set() for room in ALLOWED}
+    for path in FILES:
+        edges[room_of(path)] |= imported_rooms(path) - {room_of(path)}
+    while edges:
+        free = {room for room, needs in edges.items() if not needs & set(edges)}
+        assert free, f"a cycle among {sorted(edges)}"
+        edges = {room: needs for room, needs in edges.items() if room not in free}
+
+
+def test_ops_import_triton_only_in_kernel_files():
+    for path in (PACKAGE / "ops").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert "triton" not in names, path
+
+
+@pytest.mark.parametrize("room", TORCH_FREE)
+def test_the_torch_free_half_loads_no_torch(room):
+    code = (
+        f"import sys, moe_prefill.{room}; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"})
