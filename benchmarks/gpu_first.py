@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_first.py --out benchmarks/results/gpu_first.json
 
-transformers gets views of our tensors, so both sides compute the same function, and the last logits of both are compared first.
-Protocol and keys: warm up until two sweeps agree within 2%, then the median of at least five sweeps; the last layer runs in
-full, and the gain of pruning it is a cell of its own.
+transformers gets views of our tensors, so both sides compute the same function, and the last logits of both are
+compared first. Protocol and keys: warm up until two sweeps agree within 2%, then the median of at least five sweeps;
+the last layer runs in full, and the gain of pruning it is a cell of its own.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def transformers_twin(engine: LocalEngine) -> Any:
 
 
 def their_rate(twin: Any, engine: LocalEngine, tokens: int, total: int, seconds: float) -> float:
-    """Tokens/s of transformers on the same ids, equal lengths, last logit only; batches as large as it runs well with."""
+    """Tokens/s of transformers on the same ids, equal lengths, last logit only; batches as large as it runs well
+    with.
+    """
     requests = requests_of(engine, tokens, total, seed=tokens)
     ids = torch.from_numpy(np.stack([request.tokens for request in requests])).long().cuda()
 

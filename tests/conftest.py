@@ -11,3 +11,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Tests run side by side, and their models are tiny: threads would only wait for one another.
+torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""The engine on a GPU: equal to transformers in float32, close in bfloat16, deterministic, and silent towards the host."""
+"""The engine on a GPU: equal to transformers in float32, close in bfloat16, deterministic, and silent towards the
+host.
+"""
 
 import numpy as np
 import pytest
