@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -16,8 +17,10 @@ ROOM = 24 * 2**20  # the larger table is 40 MB of text and more than twice that 
 
 
 def peak_bytes(source: Path, output: Path) -> int:
+    # Allocators that keep freed blocks for later, one pool a thread, would blur what the job itself holds.
+    calm = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(DRIVER), str(source), str(output)], check=True, capture_output=True, text=True
+        [sys.executable, str(DRIVER), str(source), str(output)], check=True, capture_output=True, text=True, env=calm
     )
     return int(done.stdout)
 
