@@ -25,7 +25,7 @@ lint: $(STAMP)
 
 ## The whole suite, with a table of the slowest tests.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not long" --durations=15
+	$(BIN)/python -m pytest -n 2 -m "not gpu" --durations=15
 
 test-long: $(STAMP)
 	MOE_PREFILL_LONG=1 $(BIN)/python -m pytest -n 2 -m "not gpu" --durations=25

@@ -173,7 +173,7 @@ def sharing_rule(spec: ModelSpec, sharing: Sharing) -> SharingRule:
     """When sharing pays, from the shapes, in units of one token's linear work in one layer.
 
     A merge reads and writes a few rows of H d channels in float32 and runs at the speed of memory, the linear work at
-    that of the matrix units: about 250 FLOPs a byte on the GPUs of HARDWARE class Hopper. A gathered key is one read
+    that of the matrix units: about 250 FLOPs a byte on Hopper GPUs (BF16 datasheet). A gathered key is one read
     and one write of K and V.
     """
     if sharing == "off":
