@@ -306,7 +306,7 @@ def test_family_from_the_architecture_alone():
     ],
 )
 def test_presets_have_the_published_size(name, billions):
-    from moe_prefill.models.weights import bank_shapes, slot_shapes
+    from moe_prefill.shapes import bank_shapes, slot_shapes
 
     spec = spec_from_hf(preset(name))
     shapes = slot_shapes(spec) | bank_shapes(spec)

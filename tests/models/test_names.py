@@ -14,7 +14,7 @@ from transformers import (
 
 from moe_prefill.models import family, spec_from_hf
 from moe_prefill.models.common.names import Placement, ignorer, required
-from moe_prefill.models.weights import bank_shapes, slot_shapes
+from moe_prefill.shapes import bank_shapes, slot_shapes
 
 SMALL = {
     "vocab_size": 20,

@@ -13,7 +13,7 @@ from ..config import EngineConfig
 from ..core import ModelSpec
 from ..errors import PlanError, UsageError
 from ..experts import ResidentBanks
-from ..models.weights import bank_shapes, slot_shapes
+from ..shapes import bank_shapes, slot_shapes
 from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import GIB, free_bytes, plan_memory

@@ -24,7 +24,8 @@ from ..errors import UsageError
 from ..models import family, preset, preset_names, spec_from_hf
 from ..models.common.config import declared_dtype
 from ..models.common.names import ignorer, required
-from ..models.weights import ExpertBank, ModelWeights, bank_shapes, slot_shapes, weights_from_slots
+from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
+from ..shapes import bank_shapes, slot_shapes
 
 LoadFormat = Literal["safetensors", "dummy"]
 Slots = dict[str, torch.Tensor]
