@@ -1,4 +1,4 @@
-"""Where expert banks live and how their bytes lie. Torch-free.
+"""How the bytes of expert banks lie, wherever they live. Torch-free.
 
 A bank is one contiguous run of bytes, expert after expert. An expert's record holds its matrices at aligned offsets,
 so that any range of experts (a shard) is one contiguous range of bytes and one copy.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .core import ModelSpec
+from ..core import ModelSpec
 
 RECORD_ALIGNMENT = 256  # bytes; what a device allocation is aligned to, and more than any kernel asks for
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
