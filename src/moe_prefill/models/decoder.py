@@ -55,23 +55,45 @@ class Decoder:
         self, weights: AttentionWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor
     ) -> torch.Tensor:
         """``residual + attended @ out``; [T, D]."""
-        return residual_TD + F.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
+        return residual_TD + self.project_output(weights, attended_THd)
+
+    def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
+        """``attended @ out``; [T, D]."""
+        return F.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
 
     def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
         """``x + experts(norm(x))`` in a sparse layer, ``x + dense(norm(x))`` in a dense one; [T, D]."""
         normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
         if isinstance(layer.ffn, DenseWeights):
-            return x_TD + self._dense(layer.ffn, normed)
+            return x_TD + self.dense(layer.ffn, normed)
         assert bank is not None, "a sparse layer needs its expert bank"
-        weights, ids = ops.route(
-            normed,
-            layer.ffn.router,
+        weights, ids = self.route(layer.ffn, normed)
+        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
+        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base)
+
+    def route(self, weights: MoeWeights, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and ids [T, K] of the experts of normed rows."""
+        return ops.route(
+            x_TD,
+            weights.router,
             self.spec.top_k,
             normalize=self.spec.norm_topk_prob,
             float32_weights=self.spec.router_weights_float32,
         )
-        base = x_TD if layer.ffn.shared is None else x_TD + self._shared(layer.ffn, normed)
-        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base)
+
+    def dense(self, weights: DenseWeights, x_TD: torch.Tensor) -> torch.Tensor:
+        """A SwiGLU feed-forward of normed rows; [T, D]."""
+        return F.linear(ops.swiglu(F.linear(x_TD, weights.gate_up)), weights.down)
+
+    def shared(self, weights: MoeWeights, x_TD: torch.Tensor) -> torch.Tensor:
+        """The gated shared expert of normed rows; [T, D]."""
+        assert weights.shared is not None
+        assert weights.shared_gate is not None
+        return torch.sigmoid(F.linear(x_TD, weights.shared_gate)) * self.dense(weights.shared, x_TD)
+
+    def norm_all_heads(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of queries or keys over all heads together."""
+        return ops.rms_norm(flat, weight, self.spec.norm_eps)
 
     def _project(self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
@@ -80,7 +102,7 @@ class Decoder:
     def _shape(self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope) -> torch.Tensor:
         if self.spec.qk_norm == "full":
             assert norm is not None
-            flat, norm = ops.rms_norm(flat, norm, self.spec.norm_eps), None
+            flat, norm = self.norm_all_heads(flat, norm), None
         heads = self._heads(self._clip(flat))
         return ops.head_norm_rope(heads, norm, rope.cos, rope.sin, self.spec.norm_eps)
 
@@ -89,11 +111,3 @@ class Decoder:
 
     def _clip(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.spec.clip_qkv is None else x.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
-
-    def _dense(self, weights: DenseWeights, x_TD: torch.Tensor) -> torch.Tensor:
-        return F.linear(ops.swiglu(F.linear(x_TD, weights.gate_up)), weights.down)
-
-    def _shared(self, weights: MoeWeights, x_TD: torch.Tensor) -> torch.Tensor:
-        assert weights.shared is not None
-        assert weights.shared_gate is not None
-        return torch.sigmoid(F.linear(x_TD, weights.shared_gate)) * self._dense(weights.shared, x_TD)

@@ -36,19 +36,27 @@ def experts(
     gate_up_E2ID: torch.Tensor,
     down_EDI: torch.Tensor,
     residual_TD: torch.Tensor,
+    *,
+    num_rows: int | None = None,
 ) -> torch.Tensor:
     """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
 
     Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each
-    came from.
+    came from. Where only some of the T K ids are in this bank, ``num_rows`` says how many; the others are E or more,
+    cost nothing and add nothing.
     """
     num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
     sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
+    if num_rows is not None:
+        if num_rows == 0:
+            return residual_TD.clone()
+        slot_of_row = slot_of_row[:num_rows]
+        weights_TK = weights_TK.masked_fill(ids_TK >= num_experts, 0.0)
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=x_TD.device), right=True, out_int32=True)
     rows_RD = x_TD.index_select(0, slot_of_row // top_k)
     hidden_RI = swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends))
     out_RD = grouped_mm(hidden_RI, down_EDI, ends)
-    row_of_slot = torch.empty_like(slot_of_row)
+    row_of_slot = torch.zeros_like(sorted_ids, dtype=torch.int64)  # an id elsewhere reads row 0 with weight 0
     row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=x_TD.device)
     return combine(out_RD, row_of_slot.view(-1, top_k), weights_TK, residual_TD)
 
