@@ -184,12 +184,26 @@ def _close(node: _Node) -> None:
 def build_forest(sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None = None) -> Forest:
     """Merge token sequences (int32, none empty) into packed segments; O(R log R) Python work, O(T) numpy work."""
     assert sequences, "a forest needs at least one sequence"
+    order, packer = _packed(sequences, rule, salts)
+    return packer.finish(sequences, order)
+
+
+def shared_tokens(sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None = None) -> int:
+    """How many tokens the forest of these sequences has, without packing it."""
+    if not rule.share:
+        return sum(map(len, sequences))
+    return _packed(sequences, rule, salts)[1].rows
+
+
+def _packed(
+    sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None
+) -> tuple[list[int], _Packer]:
     order = sort_requests(sequences, salts) if rule.share else list(range(len(sequences)))
     shared = common_prefixes(sequences, order, salts) if rule.share else [0] * len(order)
     lengths = [len(sequences[index]) for index in order]
     packer = _Packer(rule, lengths)
     packer.walk(_trie(lengths, shared))
-    return packer.finish(sequences, order)
+    return order, packer
 
 
 class _Packer:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,27 +18,35 @@ from ..config import Sharing
 from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats
 from ..experts import BankSource
 from ..forest import SHARE_EVERYTHING, SHARE_NOTHING, SharingRule
+from ..forming import Forming
 from ..machine import datasheet_peak
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
-from .forming import form_sweeps, refusal
 from .memory import MemoryPlan
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
-from .sweep import GroupOutput, SweepOutput, run_sweep
+from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 
 Answer = AtomicResult | Exception
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    members: list[int]
+    requests: Sequence[AtomicRequest]
     plan: SweepPlan
     output: SweepOutput
     started: float
 
 
+class _Empty:
+    """A sweep of no requests."""
+
+
 class LocalEngine:
-    """Implements ``core.ScoringEngine`` on one device. Not thread-safe: one caller at a time."""
+    """Implements ``core.ScoringEngine`` on one device. Not thread-safe: one caller at a time.
+
+    ``rounds``: the banks come in rounds with those of other ranks, so every rank must be given the same number of
+    sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
+    """
 
     def __init__(
         self,
@@ -49,6 +58,8 @@ class LocalEngine:
         device: torch.device,
         sharing: Sharing = "auto",
         prune_last: bool = True,
+        rounds: bool = False,
+        on_layer: Callable[[], None] | None = None,
     ) -> None:
         self.spec = spec
         self.memory = memory
@@ -59,11 +70,23 @@ class LocalEngine:
         self._rule = sharing_rule(spec, sharing)
         self._sharing = sharing
         self._prune_last = prune_last
+        self.rounds = rounds
+        self._on_layer = on_layer
         self._stats = RunStats()
 
     @property
     def limits(self) -> EngineLimits:
         return self.memory.limits(self.spec)
+
+    @property
+    def forming(self) -> Forming:
+        """How lists of requests become this engine's sweeps."""
+        rope = self.spec.rope
+        return Forming(
+            limits=self.limits,
+            rule=self._rule,
+            private_beyond=rope.original_max_positions if rope.kind == "dynamic" else None,
+        )
 
     @property
     def stats(self) -> RunStats:
@@ -92,20 +115,36 @@ class LocalEngine:
 
     def score(self, requests: Sequence[AtomicRequest]) -> list[Answer]:
         """Answers in the order of the requests; a request that cannot be computed gets its RowError."""
-        answers: list[Answer | None] = [refusal(request, self.limits) for request in requests]
+        forming = self.forming
+        answers: list[Answer | None] = [forming.refusal(request) for request in requests]
         valid = [index for index, answer in enumerate(answers) if answer is None]
-        waiting: _Launched | None = None
-        with torch.inference_mode():
-            for members, plan in self._plans(requests, valid):
-                launched = self._launch(members, plan)
-                if waiting is not None:
-                    self._collect(waiting, requests, answers)
-                waiting = launched
-            if waiting is not None:
-                self._collect(waiting, requests, answers)
+        given: deque[list[int]] = deque()
+
+        def sweeps() -> Iterator[list[AtomicRequest]]:
+            for members in forming.sweeps(requests, valid):
+                given.append(members)
+                yield [requests[index] for index in members]
+
+        for results in self.compute(sweeps()):
+            for index, result in zip(given.popleft(), results, strict=True):
+                answers[index] = result
         done = [answer for answer in answers if answer is not None]
         assert len(done) == len(requests), "every request gets exactly one answer"
         return done
+
+    @torch.inference_mode()
+    def compute(self, sweeps: Iterable[Sequence[AtomicRequest] | None]) -> Iterator[list[AtomicResult]]:
+        """The results of each sweep, in order. A sweep is planned and enqueued while the one before it runs; None
+        says that no other is there yet, so the running one is waited for. A sweep of no requests only moves banks.
+        """
+        waiting: _Launched | _Empty | None = None
+        for requests in sweeps:
+            launched = None if requests is None else self._launch(requests)
+            if waiting is not None:
+                yield self._collect(waiting)
+            waiting = launched
+        if waiting is not None:
+            yield self._collect(waiting)
 
     def close(self) -> None:
         """Free the device's memory; the engine is not to be used afterwards."""
@@ -113,50 +152,37 @@ class LocalEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _plans(self, requests: Sequence[AtomicRequest], valid: list[int]) -> Iterator[tuple[list[int], SweepPlan]]:
-        if not valid:
-            return
-        subset = [requests[index] for index in valid]
-        salts = [self._salt(request, index) for index, request in enumerate(subset)]
-        todo = form_sweeps(subset, salts, self.memory.max_sweep_tokens, sharing=self._rule.share)
-        todo.reverse()
-        while todo:
-            sweep = todo.pop()
-            plan = self._plan([subset[i] for i in sweep], [salts[i] for i in sweep])
-            if plan.forest.num_tokens > self.memory.max_sweep_tokens and len(sweep) > 1:
-                middle = len(sweep) // 2
-                todo += [sweep[middle:], sweep[:middle]]
-                continue
-            yield [valid[i] for i in sweep], plan
-
-    def _plan(self, requests: list[AtomicRequest], salts: list[str]) -> SweepPlan:
+    def plan(self, requests: Sequence[AtomicRequest]) -> SweepPlan:
+        """The plan of one sweep, uploaded. The requests are those of one entry of ``forming.sweeps``."""
+        salts = self.forming.salts(requests)
         return build_sweep_plan(
             requests, salts, self.spec, self._rule, self.memory, self._device, prune_last=self._prune_last
         )
 
-    def _salt(self, request: AtomicRequest, index: int) -> str:
-        """Under dynamic rope, requests past the original context have their own frequencies and share with nobody."""
-        rope = self.spec.rope
-        if rope.kind == "dynamic" and len(request.tokens) > rope.original_max_positions:
-            return f"{request.salt}\0{index}"
-        return request.salt
-
-    def _launch(self, members: list[int], plan: SweepPlan) -> _Launched:
+    def _launch(self, requests: Sequence[AtomicRequest]) -> _Launched | _Empty:
+        if not requests:
+            run_without_tokens(self.spec.num_layers, self._banks, self._on_layer)
+            return _Empty()
+        plan = self.plan(requests)
         started = time.perf_counter()
-        output = run_sweep(plan, self._decoder, self._weights, self._banks)
-        return _Launched(members, plan, output, started)
+        output = run_sweep(plan, self._decoder, self._weights, self._banks, self._on_layer)
+        return _Launched(requests, plan, output, started)
 
-    def _collect(self, sweep: _Launched, requests: Sequence[AtomicRequest], answers: list[Answer | None]) -> None:
+    def _collect(self, sweep: _Launched | _Empty) -> list[AtomicResult]:
         """Bring a sweep's outputs to the host (this waits for it) and hand them out."""
+        if isinstance(sweep, _Empty):
+            return []
         groups = {True: _host(sweep.output.vocabulary), False: _host(sweep.output.candidates)}
-        for index, read in zip(sweep.members, sweep.plan.reads, strict=True):
-            answers[index] = _answer(requests[index], read, groups[read.vocabulary])
         self._count(sweep, time.perf_counter())
+        return [
+            _answer(request, read, groups[read.vocabulary])
+            for request, read in zip(sweep.requests, sweep.plan.reads, strict=True)
+        ]
 
     def _count(self, sweep: _Launched, now: float) -> None:
         stats, forest = self._stats, sweep.plan.forest
         stats.sweeps += 1
-        stats.requests += len(sweep.members)
+        stats.requests += len(sweep.requests)
         stats.prompt_tokens += forest.prompt_tokens
         stats.computed_tokens += forest.num_tokens
         stats.flops += sweep.plan.flops

@@ -5,6 +5,7 @@ Letters: T packed rows, D hidden, H query heads, G key/value heads, d head chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,16 @@ class SweepOutput:
     vocabulary: GroupOutput | None
 
 
-def run_sweep(plan: SweepPlan, decoder: Decoder, weights: ModelWeights, banks: BankSource[ExpertBank]) -> SweepOutput:
-    """Compute what the plan asks; returns tensors still being computed on the current stream."""
+def run_sweep(
+    plan: SweepPlan,
+    decoder: Decoder,
+    weights: ModelWeights,
+    banks: BankSource[ExpertBank],
+    on_layer: Callable[[], None] | None = None,
+) -> SweepOutput:
+    """Compute what the plan asks; returns tensors still being computed on the current stream. ``on_layer`` is called
+    when a layer has been enqueued.
+    """
     x = weights.embed.index_select(0, plan.tokens)
     rope = rope_rows(plan, x.dtype)
     banks.begin_sweep()
@@ -43,8 +52,23 @@ def run_sweep(plan: SweepPlan, decoder: Decoder, weights: ModelWeights, banks: B
         bank = banks.acquire(index)
         x = run_layer(plan, decoder, layer, bank, index, x, rope)
         banks.release(index)
+        if on_layer is not None:
+            on_layer()
     banks.end_sweep()
     return read_head(plan, decoder, weights, x)
+
+
+def run_without_tokens(
+    num_layers: int, banks: BankSource[ExpertBank], on_layer: Callable[[], None] | None = None
+) -> None:
+    """A rank's part of a round in which it has nothing to compute: its banks move all the same, for its peers."""
+    banks.begin_sweep()
+    for index in range(num_layers):
+        banks.acquire(index)
+        banks.release(index)
+        if on_layer is not None:
+            on_layer()
+    banks.end_sweep()
 
 
 def run_layer(
