@@ -16,7 +16,7 @@ ALLOWED = {
     "core": {"errors"},
     "config": {"errors", "core"},
     "machine": {"errors", "core"},
-    "costmodel": {"errors", "core", "machine"},
+    "costmodel": {"errors", "core", "machine", "forest"},
     "forest": {"errors", "core"},
     "forming": {"errors", "core", "forest"},
     "shapes": {"core"},

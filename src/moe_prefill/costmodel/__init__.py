@@ -1,0 +1,37 @@
+"""FLOPs, bytes and seconds of a sweep, part by part, and the saturation threshold T. Torch-free."""
+
+from .batch import Batch, Rows
+from .flops import LayerFlops, batch_flops, layer_flops, sweep_flops
+from .predict import SweepPrediction, predict_sweep
+from .saturation import Saturation, Window, saturation, tightest_window
+from .seconds import head_seconds, layer_seconds
+from .streaming import BankCopy, Exposure, Level, Peer, bank_copies, exposure
+from .work import PARTS, Part, Work, head_work, layer_work
+
+__all__ = [
+    "PARTS",
+    "BankCopy",
+    "Batch",
+    "Exposure",
+    "LayerFlops",
+    "Level",
+    "Part",
+    "Peer",
+    "Rows",
+    "Saturation",
+    "SweepPrediction",
+    "Window",
+    "Work",
+    "bank_copies",
+    "batch_flops",
+    "exposure",
+    "head_seconds",
+    "head_work",
+    "layer_flops",
+    "layer_seconds",
+    "layer_work",
+    "predict_sweep",
+    "saturation",
+    "sweep_flops",
+    "tightest_window",
+]

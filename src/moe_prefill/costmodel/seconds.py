@@ -1,0 +1,57 @@
+"""Seconds of each part of a layer: FLOPs at the rate of that size, or bytes at memory speed, whichever is longer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core import ModelSpec
+from ..machine import MachineProfile
+from .batch import Batch, Rows
+from .flops import carried_rows, layer_flops
+from .work import Part, Work, head_work, layer_work
+
+
+def layer_seconds(
+    spec: ModelSpec, index: int, batch: Batch, profile: MachineProfile, precision: str
+) -> dict[Part, float]:
+    """Seconds of every part of layer ``index``, its fixed overhead counted with ``elementwise``.
+
+    UsageError: the profile has no rates for ``precision``.
+    """
+    work, carried = layer_work(spec, index, batch, precision), carried_rows(spec, index, batch)
+    rows = min(carried.num_rows, profile.chunk_rows)
+    gemm = profile.rates("gemm", precision)
+    seconds: dict[Part, float] = {
+        part: _roofline(work[part], gemm.at(max(1, rows)), profile) for part in ("out", "router", "dense")
+    }
+    tokens = min(batch.num_tokens, profile.chunk_rows)
+    seconds["qkv"] = _roofline(work["qkv"], gemm.at(tokens), profile)
+    grouped = profile.rates("grouped", precision).at(max(1, rows) * spec.top_k / spec.num_experts)
+    seconds["experts"] = _roofline(work["experts"], grouped, profile)
+    seconds["attention"] = _attention_seconds(spec, index, carried, profile, precision, work["attention"])
+    moving = work["elementwise"].bytes / profile.elementwise.at(tokens)
+    seconds["elementwise"] = moving + profile.layer_overhead_s
+    return seconds
+
+
+def head_seconds(spec: ModelSpec, batch: Batch, profile: MachineProfile, precision: str) -> float:
+    """The LM head, which is never quantised."""
+    rate = profile.rates("gemm", "bfloat16" if precision == "float8" else precision).at(max(1, batch.asked_rows))
+    return _roofline(head_work(spec, batch, precision), rate, profile)
+
+
+def _attention_seconds(
+    spec: ModelSpec, index: int, rows: Rows, profile: MachineProfile, precision: str, work: Work
+) -> float:
+    """Each run at the rate of the causal sequence whose rows see as many keys on average."""
+    pairs = rows.pairs(spec.layers[index].window)
+    if not len(pairs):
+        return 0.0
+    alike = 2.0 * pairs / rows.length - 1.0
+    rates = profile.rates("attention", precision).at(np.maximum(alike, 1.0))
+    flops = layer_flops(spec, index).attention_pair * (pairs * rows.count).astype(np.float64)
+    return max(float((flops / rates).sum()), work.bytes / profile.memory_bandwidth)
+
+
+def _roofline(work: Work, rate: float, profile: MachineProfile) -> float:
+    return max(work.flops / rate, work.bytes / profile.memory_bandwidth)
