@@ -50,6 +50,12 @@ class OutputError(MoePrefillError):
     exit_code = 7
 
 
+class WorkerError(MoePrefillError):
+    """A worker process of the group is gone, hangs, or did not answer in time; its rows have not been lost."""
+
+    exit_code = 8
+
+
 class RowError(MoePrefillError):
     """One row cannot be answered.
 

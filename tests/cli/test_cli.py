@@ -164,6 +164,7 @@ def test_dry_run_needs_no_engine_and_no_output(
         (errors.ModelError, 5),
         (errors.PlanError, 6),
         (errors.OutputError, 7),
+        (errors.WorkerError, 8),
         (KeyboardInterrupt, 130),
         (RuntimeError, 70),
     ],

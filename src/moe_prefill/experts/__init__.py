@@ -1,5 +1,29 @@
 """Where expert banks live and how a layer gets its own: the one seam between the mathematics and weight streaming."""
 
+from .host_pool import HostPool, check_host_room
+from .lanes import DEFAULT_SLICE_BYTES, Lane, Mark, open_lane
+from .layout import BankLayout
+from .ranks import ALONE, Ranks
 from .source import BankSource, ResidentBanks
+from .stats import LayerTransfer, TransferStats
+from .streamed import StreamedBanks
+from .transport import HostTransport, Transport
 
-__all__ = ["BankSource", "ResidentBanks"]
+__all__ = [
+    "ALONE",
+    "DEFAULT_SLICE_BYTES",
+    "BankLayout",
+    "BankSource",
+    "HostPool",
+    "HostTransport",
+    "Lane",
+    "LayerTransfer",
+    "Mark",
+    "Ranks",
+    "ResidentBanks",
+    "StreamedBanks",
+    "TransferStats",
+    "Transport",
+    "check_host_room",
+    "open_lane",
+]

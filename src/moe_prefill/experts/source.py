@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from .stats import TransferStats
+
 Bank = TypeVar("Bank", covariant=True)
 
 
@@ -18,12 +20,24 @@ class BankSource(Protocol[Bank]):
     def begin_sweep(self) -> None: ...
 
     def acquire(self, layer: int) -> Bank | None:
-        """The complete bank of a layer; None for a dense one."""
+        """The complete bank of a layer; None for a dense one. WorkerError where a peer cannot bring its part."""
         ...
 
     def release(self, layer: int) -> None: ...
 
     def end_sweep(self) -> None: ...
+
+    def take_stats(self) -> list[TransferStats]:
+        """What the sweeps finished since the last call have cost, oldest first; never waits."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Let go of every wait for another rank; callable from any thread. Only ``close`` may follow."""
+        ...
+
+    def close(self) -> None:
+        """Give the banks' memory back; no sweep is under way any more."""
+        ...
 
 
 class ResidentBanks(BankSource[Bank]):
@@ -43,3 +57,12 @@ class ResidentBanks(BankSource[Bank]):
 
     def end_sweep(self) -> None:
         pass
+
+    def take_stats(self) -> list[TransferStats]:
+        return []
+
+    def abort(self, reason: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._banks = ()

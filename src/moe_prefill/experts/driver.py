@@ -1,0 +1,101 @@
+"""The few calls of the CUDA driver that torch does not offer: registering host memory, plain copies between any two
+pointers, memory that other processes can open. Each raises PlanError or RuntimeError with the driver's own word.
+
+All act on the context of the current device, which torch has made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from ..errors import PlanError
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise PlanError(
+            "streaming expert banks on CUDA needs the package cuda-bindings, which is not installed; "
+            "install it, or keep every bank resident"
+        ) from error
+    return driver
+
+
+def _call(name: str, *arguments: object) -> Any:
+    """What a call returns beside its status; RuntimeError with the name of any other status than success."""
+    status, *results = getattr(_driver(), name)(*arguments)
+    if int(status) != 0:
+        raise RuntimeError(f"{name} failed: {status.name}")
+    return results[0] if results else None
+
+
+def register_host(pointer: int, num_bytes: int) -> None:
+    """Pin ordinary host memory in place, so that copies from it are asynchronous and run at the link's speed."""
+    _call("cuMemHostRegister", pointer, num_bytes, 0)
+
+
+def unregister_host(pointer: int) -> None:
+    _call("cuMemHostUnregister", pointer)
+
+
+def copy_async(target: int, source: int, num_bytes: int, stream: int) -> None:
+    _call("cuMemcpyAsync", target, source, num_bytes, stream)
+
+
+def allocate(num_bytes: int) -> int:
+    """Device memory outside torch's allocator, whose blocks cannot be exported one by one."""
+    return int(_call("cuMemAlloc", num_bytes))
+
+
+def free(pointer: int) -> None:
+    _call("cuMemFree", pointer)
+
+
+def zero(pointer: int, num_bytes: int) -> None:
+    _call("cuMemsetD8", pointer, 0, num_bytes)
+    torch.cuda.current_stream().synchronize()
+
+
+_HANDLE_BYTES = 64
+
+
+def export(pointer: int) -> bytes:
+    """A handle by which another process on this host can open an allocation."""
+    return ctypes.string_at(_call("cuIpcGetMemHandle", pointer).getPtr(), _HANDLE_BYTES)
+
+
+def open_exported(handle: bytes) -> int:
+    """Map another process's allocation here; peer access is enabled with it where it lies on another device."""
+    assert len(handle) == _HANDLE_BYTES, len(handle)
+    driver = _driver()
+    record = driver.CUipcMemHandle()
+    ctypes.memmove(record.getPtr(), handle, _HANDLE_BYTES)
+    flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    return int(_call("cuIpcOpenMemHandle", record, int(flag)))
+
+
+def close_exported(pointer: int) -> None:
+    _call("cuIpcCloseMemHandle", pointer)
+
+
+class _Pointer:
+    """A device pointer in the form in which array libraries exchange them."""
+
+    def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def tensor_at(pointer: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 [num_bytes] over device memory that the caller keeps; no copy."""
+    tensor = torch.as_tensor(_Pointer(pointer, num_bytes), device=device)
+    assert tensor.data_ptr() == pointer, "the memory was copied: it lies on another device"
+    return tensor

@@ -1,0 +1,99 @@
+"""Host memory for banks, pinned where the device is CUDA.
+
+One anonymous mapping, first touched by many threads, then pinned in place bank by bank. torch's own pinned allocator
+would round each bank up to a power of two.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..errors import PlanError
+from . import driver
+
+_GIB = 1 << 30
+_PAGE = mmap.PAGESIZE
+_TOUCH_BYTES = 256 << 20  # a thread's portion
+_SAFETY = 0.95  # of the memory that is available; the rest is the system's
+
+
+class HostPool:
+    """uint8 tensors of given sizes in host memory, each at a page's start. PlanError before anything is allocated when
+    they exceed ``limit_gib`` or, without it, the memory that is available.
+    """
+
+    def __init__(self, sizes: Mapping[int, int], device: torch.device, limit_gib: float | None = None) -> None:
+        total = sum(_paged(size) for size in sizes.values())
+        check_host_room(total, limit_gib)
+        self._pinned: list[int] = []
+        self._banks: dict[int, torch.Tensor] = {}
+        if not total:
+            return
+        mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive
+        _touch(memory)
+        offset = 0
+        for layer, size in sizes.items():
+            self._banks[layer] = memory[offset : offset + size]
+            offset += _paged(size)
+        if device.type == "cuda":
+            self._pin(device)
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return self._banks[layer]
+
+    def close(self) -> None:
+        """Unpin and let go; no copy from here is under way any more."""
+        for pointer in self._pinned:
+            driver.unregister_host(pointer)
+        self._pinned.clear()
+        self._banks.clear()
+
+    def _pin(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            for bank in self._banks.values():
+                if bank.numel():
+                    driver.register_host(bank.data_ptr(), _paged(bank.numel()))
+                    self._pinned.append(bank.data_ptr())
+
+
+def check_host_room(num_bytes: int, limit_gib: float | None) -> None:
+    """PlanError when a host pool of this size is over its limit. A given limit is trusted: on some machines the
+    memory that the system reports grows as it is used.
+    """
+    limit, name = (int(limit_gib * _GIB), "--host-gib") if limit_gib is not None else (_available(), "available")
+    if num_bytes > limit:
+        raise PlanError(
+            f"the host pool for expert banks needs {num_bytes / _GIB:.2f} GiB and {limit / _GIB:.2f} GiB of "
+            f"host memory may be used ({name}); keep more banks resident, use more GPUs, or raise --host-gib"
+        )
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(int(value.split()[0]) * 1024 * _SAFETY)
+    raise AssertionError("/proc/meminfo has no MemAvailable")
+
+
+def _touch(memory: torch.Tensor) -> None:
+    """Make the system provide every page, on as many threads as help: faulting is most of the cost of pinning."""
+    pages = memory.numpy()[::_PAGE]
+
+    def touch(first: int) -> None:
+        pages[first : first + step] = 0
+
+    step = _TOUCH_BYTES // _PAGE
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as threads:
+        list(threads.map(touch, range(0, len(pages), step)))
+
+
+def _paged(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE

@@ -1,0 +1,74 @@
+"""Lanes: work done in order beside the computation, with marks that either side can wait for.
+
+A mark stands for everything enqueued before it. The compute side waits for a lane's marks (a bank is ready) and a lane
+for marks of the compute side (a buffer is no longer read); on CUDA neither wait ever involves the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+DEFAULT_SLICE_BYTES = 16 << 20  # of a copy; at 50 GB/s a slice takes 0.3 ms, at 400 GB/s 0.04 ms
+
+
+class Mark(Protocol):
+    def is_done(self) -> bool: ...
+
+    def ms_since(self, earlier: Mark) -> float:
+        """Milliseconds between two marks of one kind of lane, both done."""
+        ...
+
+
+class Lane(Protocol):
+    def run(self, work: Callable[[], object]) -> None:
+        """Do, or on CUDA enqueue, some work in order."""
+        ...
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy bytes (uint8 [n] each, contiguous, on whatever devices), in slices."""
+        ...
+
+    def mark(self) -> Mark:
+        """A mark behind everything this lane was given so far."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """What this lane is given from now on happens after ``mark``."""
+        ...
+
+    def compute_mark(self) -> Mark:
+        """A mark behind everything that the compute side was given so far."""
+        ...
+
+    def compute_wait(self, mark: Mark) -> tuple[Mark, Mark]:
+        """What the compute side is given from now on happens after ``mark``; marks around the wait measure it.
+
+        Raises what went wrong on the lane before the mark, where the lane can know it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what was given; the lane is not to be used afterwards."""
+        ...
+
+
+def slices(target: torch.Tensor, source: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Matching pieces of at most ``size`` bytes."""
+    assert target.dtype == source.dtype == torch.uint8, (target.dtype, source.dtype)
+    assert target.shape == source.shape, (target.shape, source.shape)
+    for first in range(0, target.numel(), size):
+        yield target[first : first + size], source[first : first + size]
+
+
+def open_lane(device: torch.device, slice_bytes: int = DEFAULT_SLICE_BYTES) -> Lane:
+    """A new lane beside the computation on ``device``."""
+    if device.type == "cuda":
+        from .cuda_lane import CudaLane
+
+        return CudaLane(device, slice_bytes)
+    from .thread_lane import ThreadLane
+
+    return ThreadLane(slice_bytes)
