@@ -13,10 +13,11 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from moe_prefill.jobs import sidecar_path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples/demo_model/checkpoint"
-ROWS, WINDOW_ROWS = 30, 3
+ROWS, WINDOW_ROWS = 24, 3
 KILLS = 12 if os.environ.get("MOE_PREFILL_LONG") else 2
 CLASSIFY = ["classify", "--task", str(ROOT / "examples/demo_model/spam.toml")]
 SELECT = [
@@ -64,19 +65,18 @@ class Job:
         process.start()
         return process
 
-    def finish(self) -> dict[str, object]:
+    def finish(self) -> dict[str, Any]:
         """Run to the end; returns the summary."""
         process = self.start()
         process.join()
         assert process.exitcode == 0, self.log.read_text()
-        summary = json.loads(self.log.read_text().splitlines()[-1])
-        assert isinstance(summary, dict)
+        summary: dict[str, Any] = json.loads(self.log.read_text().splitlines()[-1])
         return summary
 
-    def kill(self, ready: Callable[[], bool], delay_s: float) -> bool:
-        """Start, wait until ``ready`` and then ``delay_s``, and kill; True if the job was still running."""
+    def kill(self, parts: int, delay_s: float) -> bool:
+        """Start, wait for that many parts and then ``delay_s``, and kill; True if the job was still running."""
         process = self.start()
-        while process.is_alive() and not ready():
+        while process.is_alive() and not (self.parts.exists() and self.num_parts() >= parts):
             time.sleep(0.001)
         time.sleep(delay_s)
         process.kill()
@@ -128,12 +128,10 @@ def write_rows(path: Path, rows: list[dict[str, str | None]]) -> Path:
 
 def kill_often(job: Job, chance: random.Random) -> list[int]:
     """Kill while the model loads, then after new parts, again and again. The parts that each kill found."""
-    assert job.kill(job.parts.exists, chance.uniform(0, 0.1))
+    assert job.kill(0, chance.uniform(0, 0.1))
     found = []
     for _ in range(KILLS):
-        before = job.num_parts()
-        wanted = before + chance.randint(1, 2)
-        if not job.kill(lambda wanted=wanted: job.num_parts() >= wanted, chance.uniform(0, 0.1)):
+        if not job.kill(job.num_parts() + chance.randint(1, 2), chance.uniform(0, 0.1)):
             break
         found.append(job.num_parts())
     return found
