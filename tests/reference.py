@@ -14,8 +14,8 @@ import transformers
 
 from moe_prefill.core import AtomicRequest, ModelSpec
 from moe_prefill.engine.local import LocalEngine
-from moe_prefill.engine.memory import plan_memory
 from moe_prefill.experts import ResidentBanks
+from moe_prefill.memory import plan_memory
 from moe_prefill.models import spec_from_hf
 from moe_prefill.models.weights import ExpertBank, weights_from_slots
 
@@ -178,8 +178,8 @@ def engine_of(
     import dataclasses
 
     converted = model if isinstance(model, Converted) else convert(model)
-    dtype = converted.slots["embed"].dtype
-    memory = plan_memory(converted.spec, torch.device("cpu"), dtype, 1 << 30, max_sweep_tokens)
+    element = converted.slots["embed"].dtype.itemsize
+    memory = plan_memory(converted.spec, kind="cpu", element=element, budget=1 << 30, wanted=max_sweep_tokens)
     if chunk_rows is not None:
         memory = dataclasses.replace(memory, chunk_rows=chunk_rows, max_gathered_keys=2 * chunk_rows)
     weights = weights_from_slots(converted.spec, converted.slots)

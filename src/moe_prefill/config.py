@@ -16,7 +16,9 @@ class EngineConfig:
 
     ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is
     ``auto`` (share a prefix where it pays), ``off``, or ``force`` (every common token once, for tests).
-    ``memory_gib`` bounds the device's memory, ``host_gib`` the host's.
+    ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
+    ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``chunk_rows`` how many rows go through a
+    layer at a time.
     """
 
     model: str
@@ -32,6 +34,9 @@ class EngineConfig:
     memory_gib: float | None = None
     host_gib: float | None = None
     threads: int | None = None
+    residency: str | None = None
+    prefetch_depth: int | None = None
+    chunk_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -41,7 +46,15 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in ("max_sweep_tokens", "memory_gib", "host_gib", "threads", "num_layers"):
+        for name in (
+            "max_sweep_tokens",
+            "memory_gib",
+            "host_gib",
+            "threads",
+            "num_layers",
+            "prefetch_depth",
+            "chunk_rows",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} is {value}; it must be positive")

@@ -7,7 +7,7 @@ K entries of a top-k list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 import numpy as np
@@ -173,11 +173,14 @@ class AtomicResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What the memory plan allows: the longest request and the largest sweep, in tokens."""
+    """What the memory plan allows: the longest request and the largest sweep, in tokens; and how many rows go through
+    a layer at a time (None: there is no plan).
+    """
 
     max_request_tokens: int
     max_sweep_tokens: int
     vocab_size: int
+    chunk_rows: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,6 +193,14 @@ class RunStats:
     computed_tokens: int = 0  # after sharing
     flops: int = 0  # true FLOPs after sharing
     busy_s: float = 0.0
+    restarts: int = 0  # of the worker processes, after the loss of one
+    recovery_s: float = 0.0  # from the loss to being ready again
+
+    def __add__(self, other: RunStats) -> RunStats:
+        return RunStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(RunStats)})
+
+    def __sub__(self, other: RunStats) -> RunStats:
+        return RunStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(RunStats)})
 
     @property
     def saved_tokens(self) -> int:

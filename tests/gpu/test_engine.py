@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moe_prefill.engine.local import LocalEngine
-from moe_prefill.engine.memory import plan_memory
 from moe_prefill.engine.sweep import run_sweep
 from moe_prefill.experts import ResidentBanks
+from moe_prefill.memory import plan_memory
 from moe_prefill.models.weights import ExpertBank, weights_from_slots
 from tests.reference import (
     FAMILIES,
@@ -35,7 +35,13 @@ def gpu_engine(converted: Converted, dtype=torch.float32, **options) -> LocalEng
         None if bank is None else ExpertBank(bank.gate_up.to(device, dtype), bank.down.to(device, dtype))
         for bank in converted.banks
     ]
-    memory = plan_memory(converted.spec, device, dtype, 4 << 30, options.pop("max_sweep_tokens", None))
+    memory = plan_memory(
+        converted.spec,
+        kind="cuda",
+        element=dtype.itemsize,
+        budget=4 << 30,
+        wanted=options.pop("max_sweep_tokens", None),
+    )
     weights = weights_from_slots(converted.spec, slots)
     return LocalEngine(converted.spec, weights, ResidentBanks(banks), memory, device=device, **options)
 

@@ -51,9 +51,16 @@ ENGINE_FLAGS = {
     "num_layers": Flag(help="Depth of a dummy model.", panel=_ENGINE),
     "sharing": Flag(help="Compute common prefixes once: auto (where it pays), off, or force.", panel=_ENGINE),
     "max_sweep_tokens": Flag(help="Tokens of one sweep; default: what the memory plan allows.", panel=_ENGINE),
-    "memory_gib": Flag(help="Device memory to use.", panel=_ENGINE),
+    "memory_gib": Flag(help="Memory to use of each device.", names=("--hbm-gib", "--memory-gib"), panel=_ENGINE),
     "host_gib": Flag(help="Host memory to use.", panel=_ENGINE),
     "threads": Flag(help="CPU threads.", panel=_ENGINE),
+    "residency": Flag(
+        help="Where expert banks live: auto, one level (resident, sharded, offloaded, hybrid), counts "
+        "(resident:10,offloaded:38) or one a layer.",
+        panel=_ENGINE,
+    ),
+    "prefetch_depth": Flag(help="Banks that fill ahead of the one in use.", panel=_ENGINE),
+    "chunk_rows": Flag(help="Rows that go through a layer at a time.", panel=_ENGINE),
 }
 
 JOB_FLAGS = {

@@ -4,19 +4,18 @@ before weights load.
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
 
 from ..config import EngineConfig
 from ..core import ModelSpec
-from ..errors import PlanError, UsageError
+from ..errors import UsageError
 from ..experts import ResidentBanks
-from ..shapes import bank_shapes, slot_shapes
+from ..residency import Budget, Pins, ResidencyPlan, plan_residency
 from .load import load_weights, open_model
 from .local import LocalEngine
-from .memory import GIB, free_bytes, plan_memory
+from .memory import free_bytes, host_pool_bytes
 
 
 def build_engine(config: EngineConfig) -> LocalEngine:
@@ -29,15 +28,7 @@ def build_engine(config: EngineConfig) -> LocalEngine:
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     spec, _ = open_model(config.model, config.load_format, config.num_layers)
     dtype = pick_dtype(config.dtype, spec, device)
-    limit_gib = config.memory_gib if device.type == "cuda" else config.host_gib or config.memory_gib
-    budget = free_bytes(device, limit_gib) - weight_bytes(spec, dtype)
-    if budget <= 0:
-        raise PlanError(
-            f"the weights of {config.model} take {weight_bytes(spec, dtype) / GIB:.2f} GiB in {dtype}, and "
-            f"{free_bytes(device, limit_gib) / GIB:.2f} GiB may be used on {device}; "
-            "use a larger device or a smaller dtype"
-        )
-    memory = plan_memory(spec, device, dtype, budget, config.max_sweep_tokens)
+    plan = plan_engine(config, spec, device, dtype)
     spec, weights, banks = load_weights(
         config.model,
         device=device,
@@ -51,17 +42,37 @@ def build_engine(config: EngineConfig) -> LocalEngine:
         spec,
         weights,
         ResidentBanks(banks),
-        memory,
+        plan.sweep,
         device=device,
         sharing=config.sharing,
         prune_last=config.prune_last,
     )
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of every tensor of the model, banks included."""
-    shapes = slot_shapes(spec) | bank_shapes(spec)
-    return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+def plan_engine(
+    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, ranks: int = 1
+) -> ResidencyPlan:
+    """What each of ``ranks`` ranks on devices like this one holds. Raises UsageError and PlanError."""
+    name = str(dtype).removeprefix("torch.")
+    pins = Pins(
+        residency=config.residency,
+        max_sweep_tokens=config.max_sweep_tokens,
+        chunk_rows=config.chunk_rows,
+        prefetch_depth=config.prefetch_depth,
+    )
+    return plan_residency(spec, rank_budget(config, device, ranks), dtype=name, bank_dtype=name, pins=pins)
+
+
+def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:
+    """The memory of one of ``ranks`` ranks. On a CPU both kinds are the host's, which the ranks share; there a bank is
+    moved only where the user pins that.
+    """
+    if device.type == "cuda":
+        host = host_pool_bytes(config.host_gib) // ranks
+        return Budget(device_bytes=free_bytes(device, config.memory_gib), host_bytes=host, ranks=ranks)
+    mine = free_bytes(device, config.host_gib or config.memory_gib) // ranks
+    pinned = config.residency not in (None, "auto")
+    return Budget(device_bytes=mine, host_bytes=mine if pinned else 0, ranks=ranks, kind="cpu")
 
 
 def pick_device(name: str) -> torch.device:

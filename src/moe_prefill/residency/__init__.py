@@ -2,6 +2,8 @@
 Torch-free.
 """
 
+from .levels import Level, Levels, parse_residency, residency_map
+from .plan import Budget, Pins, ResidencyPlan, Speed, plan_residency, weight_bytes
 from .record import (
     DTYPE_BYTES,
     RECORD_ALIGNMENT,
@@ -17,11 +19,21 @@ from .record import (
 __all__ = [
     "DTYPE_BYTES",
     "RECORD_ALIGNMENT",
+    "Budget",
     "ExpertRecord",
+    "Level",
+    "Levels",
+    "Pins",
     "RecordField",
+    "ResidencyPlan",
+    "Speed",
     "aligned",
     "bank_bytes",
     "expert_record",
+    "parse_residency",
+    "plan_residency",
+    "residency_map",
     "shard_bytes",
     "shard_of",
+    "weight_bytes",
 ]

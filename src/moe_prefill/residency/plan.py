@@ -1,0 +1,334 @@
+"""The residency plan: from a model and the memory of a rank to the level of every layer, the buffers that streams need
+and the size of a sweep.
+
+The rule. Banks get the best level that fits (resident before sharded before hybrid or offloaded) beside a sweep that
+is large enough; streamed layers are spread over depth. How large is enough: what the user asks for; else, where a
+speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU). A
+sweep gets smaller only where nothing fits otherwise, and grows into memory that no further bank can use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ..core import ModelSpec
+from ..errors import PlanError, UsageError
+from ..memory import (
+    GIB,
+    DeviceKind,
+    MemoryPlan,
+    grown,
+    is_good,
+    largest_sweep,
+    memory_plan,
+    show_bytes,
+    sweep_sizes,
+    sweep_steps,
+)
+from ..shapes import slot_shapes
+from .levels import Level, Levels, levels_of, parse_residency, residency_map
+from .record import DTYPE_BYTES, bank_bytes, shard_bytes
+
+Speed = Callable[[Levels, int], float]  # predicted tokens/s of a sweep of that many tokens
+_RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
+_HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
+_FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
+_SAME_SPEED = 0.995
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one rank may use, in bytes, and how many ranks there are."""
+
+    device_bytes: int
+    host_bytes: int = 0  # that may be pinned
+    ranks: int = 1
+    kind: DeviceKind = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """What the user decides himself; None: the plan does."""
+
+    residency: str | None = None
+    max_sweep_tokens: int | None = None
+    chunk_rows: int | None = None
+    prefetch_depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyPlan:
+    """What one rank holds. ``levels`` has one entry a layer. ``device_bytes`` and ``host_bytes`` explain the totals by
+    purpose.
+
+    ``bank_buffers`` whole banks are kept for streamed layers; ``prefetch_depth`` of them (or of ``staged_shards``,
+    where a level is hybrid) fill ahead of the one that is read. ``largest_sweep_tokens`` would fit at these levels,
+    ``largest_streamed_tokens`` if every bank streamed that the host has room for, both with the smallest chunks.
+    """
+
+    levels: Levels
+    ranks: int
+    dtype: str  # of activations and of everything but the experts
+    bank_dtype: str
+    bank_bytes: int
+    shard_bytes: int
+    prefetch_depth: int
+    bank_buffers: int
+    staged_shards: int
+    sweep: MemoryPlan
+    longest_request: int
+    largest_sweep_tokens: int
+    largest_streamed_tokens: int
+    device_bytes: Mapping[str, int]
+    host_bytes: Mapping[str, int]
+    budget: Budget
+
+    @property
+    def peak_device_bytes(self) -> int:
+        return sum(self.device_bytes.values())
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return sum(self.host_bytes.values())
+
+    @property
+    def map(self) -> str:
+        """One letter a layer, as ``--residency`` takes it."""
+        return residency_map(self.levels)
+
+    def count(self, level: Level) -> int:
+        return self.levels.count(level)
+
+    @property
+    def num_streamed(self) -> int:
+        return sum(level not in (None, "resident") for level in self.levels)
+
+
+def plan_residency(
+    spec: ModelSpec,
+    budget: Budget,
+    *,
+    dtype: str,
+    bank_dtype: str,
+    pins: Pins | None = None,
+    speed: Speed | None = None,
+) -> ResidencyPlan:
+    """The plan of every rank. ``dtype`` and ``bank_dtype`` are names in ``DTYPE_BYTES``.
+
+    UsageError: pins that contradict the model or the number of ranks. PlanError: it does not fit, with the bytes by
+    purpose, what is missing, and the largest sweep that would fit.
+    """
+    planner = _Planner(spec, budget, dtype, bank_dtype, pins or Pins())
+    return planner.fastest(speed) if speed is not None and planner.free_to_choose else planner.by_rule()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Levels and a sweep; ``depth`` banks or shards ahead."""
+
+    levels: Levels
+    depth: int
+    tokens: int
+    chunk_rows: int
+
+
+class _Planner:
+    """Enumerates candidates and keeps those that fit."""
+
+    def __init__(self, spec: ModelSpec, budget: Budget, dtype: str, bank_dtype: str, pins: Pins) -> None:
+        if pins.prefetch_depth is not None and pins.prefetch_depth < 1:
+            raise UsageError(f"--prefetch-depth is {pins.prefetch_depth}; it must be at least 1")
+        self.spec, self.budget, self.pins = spec, budget, pins
+        self.dtype, self.bank_dtype, self.element = dtype, bank_dtype, DTYPE_BYTES[dtype]
+        self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
+        self.weights = weight_bytes(spec, self.element)
+        self.pinned = parse_residency(pins.residency or "auto", spec, budget.ranks)
+        self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows)
+
+    @property
+    def free_to_choose(self) -> bool:
+        return self.pins.max_sweep_tokens is None
+
+    def by_rule(self) -> ResidencyPlan:
+        """Everything resident if a good sweep fits beside it; else the first size that fits at any levels."""
+        pins = self.pins
+        good = [s for s in self.sizes if is_good(self.budget.kind, s, pins.max_sweep_tokens, pins.chunk_rows)]
+        tries = [self._resident(size) for size in good] if self.pinned is None else []
+        found = next(filter(None, tries), None) or next(filter(None, map(self._best_levels, self.sizes)), None)
+        if found is None:
+            raise self._refusal()
+        if self.free_to_choose:
+            found = replace(found, tokens=grown(self.budget.kind, found.tokens, self._room(found)))
+        return self._plan(found)
+
+    def fastest(self, speed: Speed) -> ResidencyPlan:
+        """The candidate of the highest predicted tokens/s; where that hardly differs, fewer streamed layers, then
+        larger chunks, then sweeps of usual size. Sweeps too small to be among the steps go by the rule.
+        """
+        rows = list(dict.fromkeys(chunk for _, chunk in self.sizes[:3]))
+        steps = sweep_steps(self.budget.kind)
+        found = [self._best_levels((tokens, chunk)) for tokens in steps for chunk in rows]
+        rated = [(speed(each.levels, each.tokens), each) for each in found if each is not None]
+        if not rated:
+            return self.by_rule()
+        least = _SAME_SPEED * max(rate for rate, _ in rated)
+        best = max(
+            (each for rate, each in rated if rate >= least),
+            key=lambda each: (-_num_streamed(each.levels), each.chunk_rows, -abs(each.tokens - steps[2])),
+        )
+        return self._plan(best)
+
+    def _resident(self, size: tuple[int, int]) -> _Candidate | None:
+        return self._fitting(self._candidate({"resident": self.spec.num_sparse_layers}, size))
+
+    def _best_levels(self, size: tuple[int, int]) -> _Candidate | None:
+        """The best levels that fit beside a sweep of this size, or None."""
+        if self.pinned is not None:
+            return self._fitting(self._pinned(size))
+        return next((c for counts in self._counts() if (c := self._fitting(self._candidate(counts, size)))), None)
+
+    def _counts(self) -> Iterator[dict[Level, int]]:
+        """Counts of levels from best to worst; each takes less device memory than the one before it, but for the first
+        that need buffers.
+        """
+        total = self.spec.num_sparse_layers
+        for resident in range(total, -1, -1):
+            yield {"resident": resident, ("offloaded" if self.budget.ranks == 1 else "sharded"): total - resident}
+        if self.budget.ranks > 1:
+            for sharded in range(total - 1, -1, -1):
+                yield {"sharded": sharded, "hybrid": total - sharded}
+
+    def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
+        return self._with_levels(levels_of(self.spec, counts), size)
+
+    def _pinned(self, size: tuple[int, int]) -> _Candidate:
+        assert self.pinned is not None
+        return self._with_levels(self.pinned, size)
+
+    def _with_levels(self, levels: Levels, size: tuple[int, int]) -> _Candidate:
+        depth = self.pins.prefetch_depth or (2 if "hybrid" in levels else 1)
+        return _Candidate(levels, depth, *size)
+
+    def _fitting(self, candidate: _Candidate) -> _Candidate | None:
+        device, host = self._device_bytes(candidate), self._host_bytes(candidate.levels)
+        fits = sum(device.values()) <= self.budget.device_bytes and sum(host.values()) <= self.budget.host_bytes
+        return candidate if fits else None
+
+    def _device_bytes(self, candidate: _Candidate) -> dict[str, int]:
+        """Bytes of one rank by purpose."""
+        sweep = memory_plan(self.spec, self.element, candidate.tokens, candidate.chunk_rows)
+        return {
+            **self.weights,
+            **self._banks(candidate),
+            **sweep.bytes_by_purpose,
+            "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
+        }
+
+    def _banks(self, candidate: _Candidate) -> dict[str, int]:
+        levels = candidate.levels
+        return {
+            "resident banks": levels.count("resident") * self.bank,
+            "shards": levels.count("sharded") * self.shard,
+            "bank buffers": _bank_buffers(candidate) * self.bank,
+            "staged shards": _staged_shards(candidate) * self.shard,
+        }
+
+    def _reserve(self) -> int:
+        return min(_RESERVE, self.budget.device_bytes // 16)
+
+    def _host_bytes(self, levels: Levels) -> dict[str, int]:
+        """Pinned bytes of one rank, and what its process needs beside them; nothing where nothing is pinned."""
+        pinned = levels.count("offloaded") * self.bank + levels.count("hybrid") * self.shard
+        reserve = min(_HOST_RESERVE // self.budget.ranks, self.budget.host_bytes // 16) if pinned else 0
+        return {"pinned banks": pinned, "process reserve": reserve}
+
+    def _room(self, candidate: _Candidate) -> int:
+        """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
+        fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self._reserve()
+        left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
+        return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
+
+    def _leanest(self, size: tuple[int, int]) -> _Candidate:
+        """The levels of the least device memory that the host has room for, with a sweep of this size."""
+        if self.pinned is not None:
+            return self._pinned(size)
+        fitting = [self._candidate(counts, size) for counts in self._counts()]
+        fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
+        return min(fitting, key=lambda c: sum(self._banks(c).values()))
+
+    def _plan(self, chosen: _Candidate) -> ResidencyPlan:
+        sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
+        least = self.pins.chunk_rows or self._least_chunk()
+        streamed = self._leanest((1, least))
+        return ResidencyPlan(
+            levels=chosen.levels,
+            ranks=self.budget.ranks,
+            dtype=self.dtype,
+            bank_dtype=self.bank_dtype,
+            bank_bytes=self.bank,
+            shard_bytes=self.shard,
+            prefetch_depth=chosen.depth,
+            bank_buffers=_bank_buffers(chosen),
+            staged_shards=_staged_shards(chosen),
+            sweep=sweep,
+            longest_request=min(self.spec.max_positions, chosen.tokens),
+            largest_sweep_tokens=self._room(replace(chosen, chunk_rows=least)),
+            largest_streamed_tokens=self._room(streamed),
+            device_bytes=self._device_bytes(chosen),
+            host_bytes=self._host_bytes(chosen.levels),
+            budget=self.budget,
+        )
+
+    def _least_chunk(self) -> int:
+        return self.sizes[-1][1]
+
+    def _refusal(self) -> PlanError:
+        """Say what the leanest plan would need, and what there is."""
+        least = self.sizes[-1]
+        leanest = self._leanest(least)
+        device, host = self._device_bytes(leanest), self._host_bytes(leanest.levels)
+        room = self._room(leanest)
+        where = f"{self.budget.ranks} GPU{'s' * (self.budget.ranks > 1)}" if self.budget.kind == "cuda" else "CPU"
+        lines = [f"  {name}: {show_bytes(size)}" for name, size in {**device, **host}.items() if size]
+        levels = ", ".join(f"{leanest.levels.count(lv)} {lv}" for lv in dict.fromkeys(filter(None, leanest.levels)))
+        largest = f"the largest sweep that fits has {room:,} tokens" if room else "no sweep fits, however small"
+        return PlanError(
+            f"the model does not fit on {where}: with banks {levels or 'nowhere'} and a sweep of {least[0]:,} "
+            f"token{'s' * (least[0] != 1)}, each rank needs {show_bytes(sum(device.values()))} of device memory and "
+            f"there are {show_bytes(self.budget.device_bytes)}; {show_bytes(sum(host.values()))} of host memory and "
+            f"there are {show_bytes(self.budget.host_bytes)}\n" + "\n".join(lines) + f"\n{largest}; "
+            f"{self._remedy(host)}"
+        )
+
+    def _remedy(self, host: Mapping[str, int]) -> str:
+        missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)
+        more = "more GPUs, more device memory (--hbm-gib), 8-bit experts (--quantization fp8)"
+        if self.pinned is not None:
+            return f"use --residency auto, a smaller --max-sweep-tokens, or {more}"
+        if sum(host.values()) + self.bank > self.budget.host_bytes and missing > self.budget.host_bytes:
+            return f"give more host memory (--host-gib; all banks take {show_bytes(missing)} a GPU), {more}"
+        return f"use a smaller --max-sweep-tokens, {more}"
+
+
+def weight_bytes(spec: ModelSpec, element: int) -> dict[str, int]:
+    """Bytes of everything but the banks, by purpose; each rank of asyncep holds all of it."""
+    sizes = {name: math.prod(shape) * element for name, shape in slot_shapes(spec).items()}
+    ends = sum(size for name, size in sizes.items() if name in ("embed", "lm_head"))
+    return {"embedding and head": ends, "attention, routers, dense": sum(sizes.values()) - ends}
+
+
+def _bank_buffers(candidate: _Candidate) -> int:
+    """One bank is read while ``depth`` fill; where shards are staged first, one fills from those."""
+    if not _num_streamed(candidate.levels):
+        return 0
+    return 2 if "hybrid" in candidate.levels else candidate.depth + 1
+
+
+def _staged_shards(candidate: _Candidate) -> int:
+    return candidate.depth + 1 if "hybrid" in candidate.levels else 0
+
+
+def _num_streamed(levels: Levels) -> int:
+    return sum(level not in (None, "resident") for level in levels)
