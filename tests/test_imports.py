@@ -19,6 +19,7 @@ ALLOWED = {
     "costmodel": {"errors", "core", "machine", "forest"},
     "forest": {"errors", "core"},
     "forming": {"errors", "core", "forest"},
+    "messages": {"errors", "core", "config", "forming"},
     "shapes": {"core"},
     "memory": {"errors", "core"},
     "residency": {"errors", "core", "shapes", "memory"},

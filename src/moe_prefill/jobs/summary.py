@@ -51,6 +51,8 @@ def rates(stats: RunStats, rows: int, seconds: float, peak_flops: float | None) 
         "tokens_per_s": round(stats.prompt_tokens / seconds, 1) if seconds > 0 else 0.0,
         "engine_busy_s": round(stats.busy_s, 3),
         "mfu": round(mfu, 4) if mfu is not None else None,
+        "worker_restarts": stats.restarts,
+        "recovery_s": round(stats.recovery_s, 3),
     }
 
 
@@ -61,11 +63,4 @@ def snapshot(stats: RunStats) -> RunStats:
 
 def since(stats: RunStats, start: RunStats) -> RunStats:
     """What was done after ``start``."""
-    return RunStats(
-        sweeps=stats.sweeps - start.sweeps,
-        requests=stats.requests - start.requests,
-        prompt_tokens=stats.prompt_tokens - start.prompt_tokens,
-        computed_tokens=stats.computed_tokens - start.computed_tokens,
-        flops=stats.flops - start.flops,
-        busy_s=stats.busy_s - start.busy_s,
-    )
+    return stats - start
