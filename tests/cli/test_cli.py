@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -251,10 +252,10 @@ def test_an_added_column_that_exists_is_refused(
     assert (tmp_path / "out.csv").read_text().startswith("text,error,new_")
 
 
-def test_resume_takes_the_sweep_size_that_the_job_began_with(
+def test_resume_takes_the_sizes_that_the_job_began_with(
     classify: Callable[..., int], engine: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[int | None] = []
+    seen: list[tuple[int | None, int | None]] = []
 
     class Stops(FakeEngine):
         def score(self, requests: Any) -> Any:
@@ -263,15 +264,17 @@ def test_resume_takes_the_sweep_size_that_the_job_began_with(
             return super().score(requests)
 
     def build(config: EngineConfig) -> FakeEngine:
-        seen.append(config.max_sweep_tokens)
+        seen.append((config.max_sweep_tokens, config.chunk_rows))
         kind = Stops if len(seen) == 1 else FakeEngine
-        return kind(max_request=4096, max_sweep=config.max_sweep_tokens or 1000 + len(seen))
+        made = kind(max_request=4096, max_sweep=config.max_sweep_tokens or 1000 + len(seen))
+        made.limits = dataclasses.replace(made.limits, chunk_rows=config.chunk_rows or 256 * len(seen))
+        return made
 
     engine(build)
     assert classify("--window-rows", "2") == 130
     assert classify("--window-rows", "2") == 7
     assert classify("--window-rows", "2", "--resume") == 0
-    assert seen == [None, 1001]
+    assert seen == [(None, None), (1001, 256)]
     assert len(answers(tmp_path / "out.jsonl")) == 4
     assert classify("--resume", "--window-rows", "2") == 0  # finished: nothing to do
 

@@ -192,11 +192,14 @@ def _dated(task: TaskConfig, output: Output) -> TaskConfig:
 
 
 def _engine_config(request: Request, output: Output) -> EngineConfig:
-    """A resumed job takes the sweep size that it started with: the plan may find other free memory today."""
-    recorded = output.recorded("engine.max_sweep_tokens") if isinstance(output, FileOutput) else None
-    if request.engine.max_sweep_tokens is None and isinstance(recorded, int):
-        return replace(request.engine, max_sweep_tokens=recorded)
-    return request.engine
+    """A resumed job takes the sizes that it started with: the plan may find other free memory today. Where banks live
+    does not matter to its answers.
+    """
+    if not isinstance(output, FileOutput):
+        return request.engine
+    pinned = {name: output.recorded(f"engine.{name}") for name in ("max_sweep_tokens", "chunk_rows")}
+    missing = {n: v for n, v in pinned.items() if isinstance(v, int) and getattr(request.engine, n) is None}
+    return replace(request.engine, **missing) if missing else request.engine
 
 
 def _job_config(request: Request) -> JobConfig:

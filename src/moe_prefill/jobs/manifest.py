@@ -50,6 +50,7 @@ def job_identity(
         "task.chat_date": chat_date,
         "engine.plan": engine.plan_digest,
         "engine.max_sweep_tokens": engine.limits.max_sweep_tokens,
+        "engine.chunk_rows": engine.limits.chunk_rows,
         **{f"model.{name}": value for name, value in model.items()},
         "output.format": output_format,
         "output.columns": [f"{column.name}: {column.kind}" for column in columns],
