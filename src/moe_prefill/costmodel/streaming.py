@@ -63,12 +63,15 @@ def exposure(layer_s: Sequence[float], tail_s: float, copies: Sequence[BankCopy]
     assert depth >= 1, depth
     if not copies:
         return Exposure(0.0, 0.0)
+    load_s = {link: sum(copy.seconds for copy in copies if copy.link == link) for link in {c.link for c in copies}}
     sweeps = _Sweeps(layer_s, tail_s, copies, depth)
     waits = [sweeps.next() for _ in range(2 * depth)]
     # A sweep may wait differently from the next when depth does not divide the banks: buffers repeat every depth.
     while len(waits) < _MAX_SWEEPS and not _repeats(waits, depth, sweeps.clock):
         waits += [sweeps.next() for _ in range(depth)]
-    return Exposure(sum(waits[-depth:]) / depth, waits[0])
+    # A link that is busy a little longer than a sweep computes falls behind only slowly; in the end all wait for it.
+    behind_s = max(load_s.values()) - sum(layer_s) - tail_s
+    return Exposure(max(behind_s, sum(waits[-depth:]) / depth), waits[0])
 
 
 def _repeats(waits: list[float], depth: int, clock: float) -> bool:

@@ -127,6 +127,10 @@ def _from_json(raw: dict[str, Any]) -> MachineProfile:
             raise TypeError(f"{name} is {raw[name]!r}, not a string")
     for name in _NUMBERS:
         _positive(name, raw[name], zero=name != "memory_bandwidth")
+    if not isinstance(raw["is_estimated"], bool):
+        raise TypeError(f"is_estimated is {raw['is_estimated']!r}, not true or false")
+    if "chunk_rows" in raw["choices"]:
+        _positive("chunk_rows", raw["choices"]["chunk_rows"])
     for transport, rate in raw["transfers"].items():
         if transport not in get_args(Transport):
             raise ValueError(f"transport {transport!r} is not one of {', '.join(get_args(Transport))}")
