@@ -2,7 +2,7 @@
 
 from .dummy import dummy_slots
 from .headers import Checkpoint, TensorEntry, open_checkpoint
-from .loader import load_slots
+from .loader import audit, load_slots
 from .reader import same_values
 from .resolve import read_config, resolve_directory
 from .slots import Allocate, Keep
@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "Keep",
     "TensorEntry",
+    "audit",
     "dummy_slots",
     "load_slots",
     "open_checkpoint",

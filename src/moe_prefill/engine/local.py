@@ -165,18 +165,23 @@ class LocalEngine:
             return _Empty()
         plan = self.plan(requests)
         started = time.perf_counter()
-        output = run_sweep(plan, self._decoder, self._weights, self._banks, self._on_layer)
-        return _Launched(requests, plan, output, started)
+        return _Launched(requests, plan, self._run(plan), started)
+
+    def _run(self, plan: SweepPlan) -> SweepOutput:
+        return run_sweep(plan, self._decoder, self._weights, self._banks, self._on_layer)
 
     def _collect(self, sweep: _Launched | _Empty) -> list[AtomicResult]:
-        """Bring a sweep's outputs to the host (this waits for it) and hand them out."""
         if isinstance(sweep, _Empty):
             return []
-        groups = {True: _host(sweep.output.vocabulary), False: _host(sweep.output.candidates)}
+        results = self._results(sweep.requests, sweep.plan, sweep.output)
         self._count(sweep, time.perf_counter())
+        return results
+
+    def _results(self, requests: Sequence[AtomicRequest], plan: SweepPlan, output: SweepOutput) -> list[AtomicResult]:
+        """Bring a sweep's outputs to the host (this waits for it) and hand them out."""
+        groups = {True: _host(output.vocabulary), False: _host(output.candidates)}
         return [
-            _answer(request, read, groups[read.vocabulary])
-            for request, read in zip(sweep.requests, sweep.plan.reads, strict=True)
+            _answer(request, read, groups[read.vocabulary]) for request, read in zip(requests, plan.reads, strict=True)
         ]
 
     def _count(self, sweep: _Launched, now: float) -> None:
