@@ -14,7 +14,7 @@ import transformers
 
 from moe_prefill.core import AtomicRequest, ModelSpec
 from moe_prefill.engine.local import LocalEngine
-from moe_prefill.experts import ResidentBanks
+from moe_prefill.experts import BankSource, ResidentBanks
 from moe_prefill.memory import plan_memory
 from moe_prefill.models import spec_from_hf
 from moe_prefill.models.weights import ExpertBank, weights_from_slots
@@ -172,9 +172,12 @@ def engine_of(
     *,
     max_sweep_tokens: int | None = None,
     chunk_rows: int | None = None,
+    banks: BankSource[ExpertBank] | None = None,
     **options,
 ) -> LocalEngine:
-    """Our engine over the same weights, on the CPU; small chunks on request, so that chunk borders are crossed."""
+    """Our engine over the same weights, on the CPU; small chunks on request, so that chunk borders are crossed.
+    ``banks``: where they come from; resident unless given.
+    """
     import dataclasses
 
     converted = model if isinstance(model, Converted) else convert(model)
@@ -183,9 +186,8 @@ def engine_of(
     if chunk_rows is not None:
         memory = dataclasses.replace(memory, chunk_rows=chunk_rows, max_gathered_keys=2 * chunk_rows)
     weights = weights_from_slots(converted.spec, converted.slots)
-    return LocalEngine(
-        converted.spec, weights, ResidentBanks(converted.banks), memory, device=torch.device("cpu"), **options
-    )
+    banks = banks or ResidentBanks(converted.banks)
+    return LocalEngine(converted.spec, weights, banks, memory, device=torch.device("cpu"), **options)
 
 
 @torch.inference_mode()

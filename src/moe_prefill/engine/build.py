@@ -9,27 +9,30 @@ import os
 import torch
 
 from ..config import EngineConfig
-from ..core import ModelSpec
+from ..core import Int64Array, ModelSpec
 from ..errors import UsageError
-from ..experts import ResidentBanks
 from ..residency import Budget, Pins, ResidencyPlan, plan_residency
+from .banks import BankMemory
 from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
 
 
-def build_engine(config: EngineConfig) -> LocalEngine:
+def build_engine(
+    config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64Array | None = None
+) -> LocalEngine:
     """An engine ready to score. Raises UsageError, ModelError or PlanError, each with the numbers, before any work is
-    lost.
+    lost. ``layers_done`` int64 [1] counts the layers that have been computed.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device) if ranks.size == 1 else rank_device(config.device, ranks)
     if device.type == "cpu":
         # Hyperthreads bring nothing to matrix products, and the count must not change between a job and its resumption.
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     spec, _ = open_model(config.model, config.load_format, config.num_layers)
     dtype = pick_dtype(config.dtype, spec, device)
-    plan = plan_engine(config, spec, device, dtype)
-    spec, weights, banks = load_weights(
+    plan = plan_engine(config, spec, device, dtype, ranks)
+    banks = BankMemory(spec, plan.levels, dtype=dtype, device=device, buffers=plan.bank_buffers)
+    spec, weights, _ = load_weights(
         config.model,
         device=device,
         dtype=dtype,
@@ -37,15 +40,19 @@ def build_engine(config: EngineConfig) -> LocalEngine:
         seed=config.seed,
         skew=config.dummy_skew or 1.0,
         num_layers=config.num_layers,
+        allocate=banks.allocate,
+        keep=banks.keep,
     )
     return LocalEngine(
         spec,
         weights,
-        ResidentBanks(banks),
+        banks.source(),
         plan.sweep,
         device=device,
         sharing=config.sharing,
         prune_last=config.prune_last,
+        rounds=ranks.size > 1 and "hybrid" in plan.levels,
+        on_layer=None if layers_done is None else LayerCounter(layers_done, device),
     )
 
 

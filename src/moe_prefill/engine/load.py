@@ -46,14 +46,14 @@ def load_weights(
 ) -> Loaded:
     """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
 
-    ``source`` is a model directory or hub id; with ``dummy`` also the name of a preset. ``allocate`` decides where a
-    slot lives (banks are ``banks.<layer>.gate_up`` and ``.down``); without it all go to ``device``, in ``dtype`` or the
-    published one. ``keep`` is asked for banks only: which of the layer's experts to hold, possibly none. ``seed``,
+    ``source`` is a model directory or hub id; with ``dummy`` also the name of a preset. Slots go to ``device``, in
+    ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up`` and ``.down``):
+    ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none. ``seed``,
     ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device`` wherever
     they end up.
     """
     spec, checkpoint = open_model(source, load_format, num_layers)
-    allocate = allocate or _allocator(dtype or getattr(torch, spec.dtype), torch.device(device))
+    allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), allocate)
     shapes, keep = slot_shapes(spec) | bank_shapes(spec), _banks_only(keep)
     if checkpoint is None:
         slots = dummy_slots(shapes, allocate, seed=seed, skew=skew, top_k=spec.top_k, device=device, keep=keep)
@@ -94,8 +94,13 @@ def _as_stored(spec: ModelSpec, declared: str | None, checkpoint: Checkpoint) ->
     return replace(spec, dtype=dtype, tie_embeddings=spec.tie_embeddings and not differ)
 
 
-def _allocator(dtype: torch.dtype, device: torch.device) -> Allocate:
-    return lambda slot, shape: torch.empty(shape, dtype=dtype, device=device)
+def _allocator(dtype: torch.dtype, device: torch.device, banks: Allocate | None) -> Allocate:
+    def allocate(slot: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if banks is not None and slot.startswith("banks."):
+            return banks(slot, shape)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return allocate
 
 
 def _banks_only(keep: Keep | None) -> Keep | None:

@@ -148,6 +148,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Free the device's memory; the engine is not to be used afterwards."""
+        self._banks.close()
         del self._weights, self._banks
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Where expert banks live and how a layer gets its own: the one seam between the mathematics and weight streaming."""
 
-from .host_pool import HostPool, check_host_room
+from .host_pool import HostPool
 from .lanes import DEFAULT_SLICE_BYTES, Lane, Mark, open_lane
 from .layout import BankLayout
 from .ranks import ALONE, Ranks
@@ -24,6 +24,5 @@ __all__ = [
     "StreamedBanks",
     "TransferStats",
     "Transport",
-    "check_host_room",
     "open_lane",
 ]

@@ -35,7 +35,13 @@ def _call(name: str, *arguments: object) -> Any:
 
 def register_host(pointer: int, num_bytes: int) -> None:
     """Pin ordinary host memory in place, so that copies from it are asynchronous and run at the link's speed."""
-    _call("cuMemHostRegister", pointer, num_bytes, 0)
+    try:
+        _call("cuMemHostRegister", pointer, num_bytes, 0)
+    except RuntimeError as error:
+        raise PlanError(
+            f"{num_bytes / (1 << 30):.2f} GiB of host memory cannot be pinned ({error}); keep more banks resident, or "
+            "raise the limit of locked memory (ulimit -l) and of the container's memory"
+        ) from error
 
 
 def unregister_host(pointer: int) -> None:

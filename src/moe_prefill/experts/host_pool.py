@@ -10,7 +10,6 @@ import mmap
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -20,22 +19,27 @@ from . import driver
 _GIB = 1 << 30
 _PAGE = mmap.PAGESIZE
 _TOUCH_BYTES = 256 << 20  # a thread's portion
-_SAFETY = 0.95  # of the memory that is available; the rest is the system's
 
 
 class HostPool:
-    """uint8 tensors of given sizes in host memory, each at a page's start. PlanError before anything is allocated when
-    they exceed ``limit_gib`` or, without it, the memory that is available.
+    """uint8 tensors of given sizes in host memory, each at a page's start, by layer.
+
+    How much there may be is the residency plan's business. PlanError where the system does not map or pin it all the
+    same.
     """
 
-    def __init__(self, sizes: Mapping[int, int], device: torch.device, limit_gib: float | None = None) -> None:
+    def __init__(self, sizes: Mapping[int, int], device: torch.device) -> None:
         total = sum(_paged(size) for size in sizes.values())
-        check_host_room(total, limit_gib)
         self._pinned: list[int] = []
         self._banks: dict[int, torch.Tensor] = {}
         if not total:
             return
-        mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise PlanError(
+                f"the system does not give {total / _GIB:.2f} GiB of host memory for expert banks"
+            ) from error
         memory = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive
         _touch(memory)
         offset = 0
@@ -61,26 +65,6 @@ class HostPool:
                 if bank.numel():
                     driver.register_host(bank.data_ptr(), _paged(bank.numel()))
                     self._pinned.append(bank.data_ptr())
-
-
-def check_host_room(num_bytes: int, limit_gib: float | None) -> None:
-    """PlanError when a host pool of this size is over its limit. A given limit is trusted: on some machines the
-    memory that the system reports grows as it is used.
-    """
-    limit, name = (int(limit_gib * _GIB), "--host-gib") if limit_gib is not None else (_available(), "available")
-    if num_bytes > limit:
-        raise PlanError(
-            f"the host pool for expert banks needs {num_bytes / _GIB:.2f} GiB and {limit / _GIB:.2f} GiB of "
-            f"host memory may be used ({name}); keep more banks resident, use more GPUs, or raise --host-gib"
-        )
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(int(value.split()[0]) * 1024 * _SAFETY)
-    raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
 def _touch(memory: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from .host_pool import HostPool
 from .lanes import Lane
 
 BytesByLink = Mapping[str, int]
@@ -32,15 +33,15 @@ class Transport(Protocol):
 class HostTransport:
     """Whole banks from (pinned) host memory, for a rank that needs no other."""
 
-    def __init__(self, banks: Mapping[int, torch.Tensor]) -> None:
-        self._banks = banks
+    def __init__(self, pool: HostPool) -> None:
+        self._pool = pool
 
     def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane) -> BytesByLink:
-        lane.copy(buffer, self._banks[layer])
+        lane.copy(buffer, self._pool[layer])
         return {"host": buffer.numel()}
 
     def abort(self, reason: str) -> None:
         pass
 
     def close(self) -> None:
-        self._banks = {}
+        self._pool.close()

@@ -1,0 +1,50 @@
+"""Transports made slow, unpunctual and hostile, to show what a missing wait would do."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import torch
+
+from moe_prefill.experts import Lane, Transport
+
+POISON = 0xFF  # a float of such bytes is NaN, whatever its width
+
+
+class ThrottledTransport:
+    """Brings banks at a set bandwidth, on a CPU lane."""
+
+    def __init__(self, inner: Transport, bytes_per_s: float) -> None:
+        self._inner = inner
+        self._bytes_per_s = bytes_per_s
+
+    def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane):
+        moved = self._inner.fetch(layer, buffer, lane)
+        lane.run(lambda: time.sleep(buffer.numel() / self._bytes_per_s))
+        return moved
+
+    def abort(self, reason: str) -> None:
+        self._inner.abort(reason)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class ChaosTransport(ThrottledTransport):
+    """Poisons a buffer as soon as it may be written, then delays the copy, so that reading too early, too late, or
+    from the wrong buffer gives NaN.
+    """
+
+    def __init__(self, inner: Transport, seed: int, longest_s: float = 0.003) -> None:
+        super().__init__(inner, bytes_per_s=float("inf"))
+        self._random = random.Random(seed)
+        self._longest_s = longest_s
+
+    def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane):
+        before, after = self._random.random(), self._random.random()
+        lane.run(lambda: buffer.fill_(POISON))
+        lane.run(lambda: time.sleep(before * self._longest_s))
+        moved = super().fetch(layer, buffer, lane)
+        lane.run(lambda: time.sleep(after * self._longest_s))
+        return moved
