@@ -22,7 +22,7 @@ ALLOWED = {
     "messages": {"errors", "core", "config", "forming"},
     "shapes": {"core"},
     "memory": {"errors", "core"},
-    "residency": {"errors", "core", "shapes", "memory"},
+    "residency": {"errors", "core", "machine", "costmodel", "shapes", "memory"},
     "text": {"errors", "core"},
     "tasks": {"errors", "core", "text"},
     "jobs": {"errors", "core", "tasks"},
@@ -45,6 +45,20 @@ ALLOWED = {
         "experts",
         "models",
     },
+    "strategies": {
+        "errors",
+        "core",
+        "config",
+        "forming",
+        "shapes",
+        "memory",
+        "residency",
+        "ops",
+        "checkpoint",
+        "experts",
+        "models",
+        "engine",
+    },
     # The Python interface and the command line build the engine; they import the torch half inside functions only.
     "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "engine"},
     "cli": {
@@ -64,7 +78,7 @@ ALLOWED = {
     },
     "__init__": {"api"},
 }
-TORCH_HALF = {"ops", "checkpoint", "experts", "models", "engine"}
+TORCH_HALF = {"ops", "checkpoint", "experts", "models", "engine", "strategies"}
 TORCH_FREE = sorted(set(ALLOWED) - TORCH_HALF - {"__init__"})
 
 

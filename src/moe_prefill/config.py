@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import UsageError
 
 Sharing = Literal["auto", "off", "force"]
+Strategy = Literal["asyncep", "dp+ep", "dp+tp", "tp+ep", "tp+tp", "pp+pp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +17,16 @@ class EngineConfig:
 
     ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is
     ``auto`` (share a prefix where it pays), ``off``, or ``force`` (every common token once, for tests).
+    ``gpus`` is the number of worker processes, one a GPU (or a share of the CPU each; with ``device="cuda:I"`` all on
+    that GPU); None: no process but this one. ``threads`` are those of each process.
     ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
     ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``chunk_rows`` how many rows go through a
-    layer at a time.
+    layer at a time. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
     """
 
     model: str
     device: str = "auto"
+    gpus: int | None = None
     dtype: str = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = 0
@@ -37,12 +41,15 @@ class EngineConfig:
     residency: str | None = None
     prefetch_depth: int | None = None
     chunk_rows: int | None = None
+    strategy: Strategy = "asyncep"
+    micro_batches: int = 4  # pp+pp: a sweep's
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("load_format", ("safetensors", "dummy")),
             ("sharing", ("auto", "off", "force")),
+            ("strategy", get_args(Strategy)),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -51,9 +58,11 @@ class EngineConfig:
             "memory_gib",
             "host_gib",
             "threads",
+            "gpus",
             "num_layers",
             "prefetch_depth",
             "chunk_rows",
+            "micro_batches",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -44,6 +44,7 @@ ENGINE_FLAGS = {
         help="Model directory or hub id (with --load-format dummy: also a preset's name).", names=("--model", "-m")
     ),
     "device": Flag(help="auto, cpu or cuda.", panel=_ENGINE),
+    "gpus": Flag(help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE),
     "dtype": Flag(help="auto, float32 or bfloat16.", panel=_ENGINE),
     "load_format": Flag(help="dummy makes random weights, for speed tests.", panel=_ENGINE),
     "seed": Flag(help="Seed of dummy weights.", panel=_ENGINE),
@@ -53,7 +54,7 @@ ENGINE_FLAGS = {
     "max_sweep_tokens": Flag(help="Tokens of one sweep; default: what the memory plan allows.", panel=_ENGINE),
     "memory_gib": Flag(help="Memory to use of each device.", names=("--hbm-gib", "--memory-gib"), panel=_ENGINE),
     "host_gib": Flag(help="Host memory to use.", panel=_ENGINE),
-    "threads": Flag(help="CPU threads.", panel=_ENGINE),
+    "threads": Flag(help="CPU threads of each process.", panel=_ENGINE),
     "residency": Flag(
         help="Where expert banks live: auto, one level (resident, sharded, offloaded, hybrid), counts "
         "(resident:10,offloaded:38) or one a layer.",
@@ -61,6 +62,8 @@ ENGINE_FLAGS = {
     ),
     "prefetch_depth": Flag(help="Banks that fill ahead of the one in use.", panel=_ENGINE),
     "chunk_rows": Flag(help="Rows that go through a layer at a time.", panel=_ENGINE),
+    "strategy": Flag(help="How GPUs share the model: asyncep, or dp+ep, dp+tp, tp+ep, tp+tp, pp+pp.", panel=_ENGINE),
+    "micro_batches": Flag(help="Parts of a sweep that move through a pipeline (pp+pp).", panel=_ENGINE),
 }
 
 JOB_FLAGS = {
