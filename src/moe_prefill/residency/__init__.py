@@ -15,6 +15,7 @@ from .record import (
     shard_bytes,
     shard_of,
 )
+from .speed import predicted_speed, predicted_sweep
 
 __all__ = [
     "DTYPE_BYTES",
@@ -32,6 +33,8 @@ __all__ = [
     "expert_record",
     "parse_residency",
     "plan_residency",
+    "predicted_speed",
+    "predicted_sweep",
     "residency_map",
     "shard_bytes",
     "shard_of",

@@ -4,13 +4,14 @@ and the size of a sweep.
 The rule. Banks get the best level that fits (resident before sharded before hybrid or offloaded) beside a sweep that
 is large enough; streamed layers are spread over depth. How large is enough: what the user asks for; else, where a
 speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU). A
-sweep gets smaller only where nothing fits otherwise, and grows into memory that no further bank can use.
+sweep gets smaller than that where nothing fits otherwise, or, down to a quarter and with chunks of a quarter, where all
+banks so become resident or need no host. It grows into memory that no further bank can use.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..core import ModelSpec
@@ -31,7 +32,7 @@ from ..shapes import slot_shapes
 from .levels import Level, Levels, levels_of, parse_residency, residency_map
 from .record import DTYPE_BYTES, bank_bytes, shard_bytes
 
-Speed = Callable[[Levels, int], float]  # predicted tokens/s of a sweep of that many tokens
+Speed = Callable[[Levels, int, int], float]  # predicted tokens/s of a sweep of (tokens, rows of a chunk)
 _RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
 _HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
 _FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
@@ -126,10 +127,7 @@ def plan_residency(
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Levels and a sweep; ``depth`` banks or shards ahead."""
-
     levels: Levels
-    depth: int
     tokens: int
     chunk_rows: int
 
@@ -152,11 +150,10 @@ class _Planner:
         return self.pins.max_sweep_tokens is None
 
     def by_rule(self) -> ResidencyPlan:
-        """Everything resident if a good sweep fits beside it; else the first size that fits at any levels."""
-        pins = self.pins
-        good = [s for s in self.sizes if is_good(self.budget.kind, s, pins.max_sweep_tokens, pins.chunk_rows)]
-        tries = [self._resident(size) for size in good] if self.pinned is None else []
-        found = next(filter(None, tries), None) or next(filter(None, map(self._best_levels, self.sizes)), None)
+        """The first that fits: everything resident beside a good sweep, then everything in the devices' memory, then
+        any levels beside any sweep.
+        """
+        found = next(filter(None, self._tries()), None)
         if found is None:
             raise self._refusal()
         if self.free_to_choose:
@@ -170,7 +167,7 @@ class _Planner:
         rows = list(dict.fromkeys(chunk for _, chunk in self.sizes[:3]))
         steps = sweep_steps(self.budget.kind)
         found = [self._best_levels((tokens, chunk)) for tokens in steps for chunk in rows]
-        rated = [(speed(each.levels, each.tokens), each) for each in found if each is not None]
+        rated = [(speed(each.levels, each.tokens, each.chunk_rows), each) for each in found if each is not None]
         if not rated:
             return self.by_rule()
         least = _SAME_SPEED * max(rate for rate, _ in rated)
@@ -180,36 +177,37 @@ class _Planner:
         )
         return self._plan(best)
 
-    def _resident(self, size: tuple[int, int]) -> _Candidate | None:
-        return self._fitting(self._candidate({"resident": self.spec.num_sparse_layers}, size))
+    def _tries(self) -> Iterator[_Candidate | None]:
+        kind, wanted, rows = self.budget.kind, self.pins.max_sweep_tokens, self.pins.chunk_rows
+        if self.pinned is None:
+            good = [size for size in self.sizes if is_good(kind, size, wanted, rows)]
+            yield from (self._first([{"resident": self.spec.num_sparse_layers}], size) for size in good)
+            if self.budget.ranks > 1:
+                yield from (self._first(self._counts(host=False), size) for size in good)
+        yield from map(self._best_levels, self.sizes)
 
     def _best_levels(self, size: tuple[int, int]) -> _Candidate | None:
         """The best levels that fit beside a sweep of this size, or None."""
-        if self.pinned is not None:
-            return self._fitting(self._pinned(size))
-        return next((c for counts in self._counts() if (c := self._fitting(self._candidate(counts, size)))), None)
+        return (
+            self._first(self._counts(), size) if self.pinned is None else self._fitting(_Candidate(self.pinned, *size))
+        )
 
-    def _counts(self) -> Iterator[dict[Level, int]]:
+    def _first(self, counts: Iterable[Mapping[Level, int]], size: tuple[int, int]) -> _Candidate | None:
+        return next((c for each in counts if (c := self._fitting(self._candidate(each, size)))), None)
+
+    def _counts(self, *, host: bool = True) -> Iterator[dict[Level, int]]:
         """Counts of levels from best to worst; each takes less device memory than the one before it, but for the first
         that need buffers.
         """
         total = self.spec.num_sparse_layers
         for resident in range(total, -1, -1):
             yield {"resident": resident, ("offloaded" if self.budget.ranks == 1 else "sharded"): total - resident}
-        if self.budget.ranks > 1:
+        if host and self.budget.ranks > 1:
             for sharded in range(total - 1, -1, -1):
                 yield {"sharded": sharded, "hybrid": total - sharded}
 
     def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
-        return self._with_levels(levels_of(self.spec, counts), size)
-
-    def _pinned(self, size: tuple[int, int]) -> _Candidate:
-        assert self.pinned is not None
-        return self._with_levels(self.pinned, size)
-
-    def _with_levels(self, levels: Levels, size: tuple[int, int]) -> _Candidate:
-        depth = self.pins.prefetch_depth or (2 if "hybrid" in levels else 1)
-        return _Candidate(levels, depth, *size)
+        return _Candidate(levels_of(self.spec, counts), *size)
 
     def _fitting(self, candidate: _Candidate) -> _Candidate | None:
         device, host = self._device_bytes(candidate), self._host_bytes(candidate.levels)
@@ -221,18 +219,18 @@ class _Planner:
         sweep = memory_plan(self.spec, self.element, candidate.tokens, candidate.chunk_rows)
         return {
             **self.weights,
-            **self._banks(candidate),
+            **self._banks(candidate.levels),
             **sweep.bytes_by_purpose,
             "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
         }
 
-    def _banks(self, candidate: _Candidate) -> dict[str, int]:
-        levels = candidate.levels
+    def _banks(self, levels: Levels) -> dict[str, int]:
+        depth = self.pins.prefetch_depth
         return {
             "resident banks": levels.count("resident") * self.bank,
             "shards": levels.count("sharded") * self.shard,
-            "bank buffers": _bank_buffers(candidate) * self.bank,
-            "staged shards": _staged_shards(candidate) * self.shard,
+            "bank buffers": bank_buffers(levels, depth) * self.bank,
+            "staged shards": staged_shards(levels, depth) * self.shard,
         }
 
     def _reserve(self) -> int:
@@ -246,21 +244,21 @@ class _Planner:
 
     def _room(self, candidate: _Candidate) -> int:
         """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
-        fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self._reserve()
+        fixed = sum(self.weights.values()) + sum(self._banks(candidate.levels).values()) + self._reserve()
         left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
         return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
 
     def _leanest(self, size: tuple[int, int]) -> _Candidate:
         """The levels of the least device memory that the host has room for, with a sweep of this size."""
         if self.pinned is not None:
-            return self._pinned(size)
+            return _Candidate(self.pinned, *size)
         fitting = [self._candidate(counts, size) for counts in self._counts()]
         fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
-        return min(fitting, key=lambda c: sum(self._banks(c).values()))
+        return min(fitting, key=lambda c: sum(self._banks(c.levels).values()))
 
     def _plan(self, chosen: _Candidate) -> ResidencyPlan:
         sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
-        least = self.pins.chunk_rows or self._least_chunk()
+        least, depth = self.sizes[-1][1], self.pins.prefetch_depth
         streamed = self._leanest((1, least))
         return ResidencyPlan(
             levels=chosen.levels,
@@ -269,9 +267,9 @@ class _Planner:
             bank_dtype=self.bank_dtype,
             bank_bytes=self.bank,
             shard_bytes=self.shard,
-            prefetch_depth=chosen.depth,
-            bank_buffers=_bank_buffers(chosen),
-            staged_shards=_staged_shards(chosen),
+            prefetch_depth=prefetch_depth(chosen.levels, depth),
+            bank_buffers=bank_buffers(chosen.levels, depth),
+            staged_shards=staged_shards(chosen.levels, depth),
             sweep=sweep,
             longest_request=min(self.spec.max_positions, chosen.tokens),
             largest_sweep_tokens=self._room(replace(chosen, chunk_rows=least)),
@@ -280,9 +278,6 @@ class _Planner:
             host_bytes=self._host_bytes(chosen.levels),
             budget=self.budget,
         )
-
-    def _least_chunk(self) -> int:
-        return self.sizes[-1][1]
 
     def _refusal(self) -> PlanError:
         """Say what the leanest plan would need, and what there is."""
@@ -319,15 +314,21 @@ def weight_bytes(spec: ModelSpec, element: int) -> dict[str, int]:
     return {"embedding and head": ends, "attention, routers, dense": sum(sizes.values()) - ends}
 
 
-def _bank_buffers(candidate: _Candidate) -> int:
-    """One bank is read while ``depth`` fill; where shards are staged first, one fills from those."""
-    if not _num_streamed(candidate.levels):
+def prefetch_depth(levels: Levels, pinned: int | None = None) -> int:
+    """How many banks, or staged shards, fill ahead of the one that is read."""
+    return pinned or (2 if "hybrid" in levels else 1)
+
+
+def bank_buffers(levels: Levels, pinned_depth: int | None = None) -> int:
+    """One bank is read while others fill; where shards are staged first, one fills from those."""
+    if not _num_streamed(levels):
         return 0
-    return 2 if "hybrid" in candidate.levels else candidate.depth + 1
+    return 2 if "hybrid" in levels else prefetch_depth(levels, pinned_depth) + 1
 
 
-def _staged_shards(candidate: _Candidate) -> int:
-    return candidate.depth + 1 if "hybrid" in candidate.levels else 0
+def staged_shards(levels: Levels, pinned_depth: int | None = None) -> int:
+    """Shards of this rank on their way from the host to the peers."""
+    return prefetch_depth(levels, pinned_depth) + 1 if "hybrid" in levels else 0
 
 
 def _num_streamed(levels: Levels) -> int:

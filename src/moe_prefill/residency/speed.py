@@ -1,0 +1,78 @@
+"""The speed that the planner asks for, from a machine profile and the cost model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..core import ModelSpec
+from ..costmodel import Batch, Peer, SweepPrediction, predict_sweep
+from ..machine import MachineProfile
+from .levels import Levels
+from .plan import Speed, bank_buffers
+from .record import bank_bytes
+
+PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float8_e4m3fn": "float8"}  # of products, by storage
+
+
+def predicted_speed(
+    spec: ModelSpec,
+    profile: MachineProfile,
+    *,
+    bank_dtype: str,
+    ranks: int = 1,
+    tokens_per_request: int = 1024,
+    transfer: Peer = "copy-engine",
+    prefetch_depth: int | None = None,
+) -> Speed:
+    """Predicted tokens/s of one rank, waiting for banks included. UsageError while it is called: the profile lacks a
+    rate.
+    """
+
+    def speed(levels: Levels, tokens: int, chunk_rows: int) -> float:
+        prediction = predicted_sweep(
+            spec,
+            profile,
+            levels,
+            tokens,
+            chunk_rows,
+            bank_dtype=bank_dtype,
+            ranks=ranks,
+            tokens_per_request=tokens_per_request,
+            transfer=transfer,
+            buffers=bank_buffers(levels, prefetch_depth),
+        )
+        return tokens / prediction.sweep_s
+
+    return speed
+
+
+def with_chunks(profile: MachineProfile, chunk_rows: int) -> MachineProfile:
+    """The same machine with chunks of this many rows."""
+    return replace(profile, choices={**profile.choices, "chunk_rows": chunk_rows})
+
+
+def predicted_sweep(
+    spec: ModelSpec,
+    profile: MachineProfile,
+    levels: Levels,
+    tokens: int,
+    chunk_rows: int,
+    *,
+    bank_dtype: str,
+    ranks: int,
+    tokens_per_request: int,
+    transfer: Peer,
+    buffers: int,
+) -> SweepPrediction:
+    """A sweep of ``tokens`` tokens as equal requests, at these levels."""
+    return predict_sweep(
+        spec,
+        Batch.uniform(tokens, tokens_per_request),
+        with_chunks(profile, chunk_rows),
+        precision=PRECISIONS[bank_dtype],
+        levels=levels,
+        bank_bytes=bank_bytes(spec, bank_dtype),
+        depth=max(1, buffers),
+        transfer=transfer,
+        ranks=ranks,
+    )
