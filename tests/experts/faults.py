@@ -13,7 +13,7 @@ POISON = 0xFF  # a float of such bytes is NaN, whatever its width
 
 
 class ThrottledTransport:
-    """Brings banks at a set bandwidth, on a CPU lane."""
+    """Brings banks at no more than a set bandwidth."""
 
     def __init__(self, inner: Transport, bytes_per_s: float) -> None:
         self._inner = inner
@@ -21,7 +21,7 @@ class ThrottledTransport:
 
     def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane):
         moved = self._inner.fetch(layer, buffer, lane)
-        lane.run(lambda: time.sleep(buffer.numel() / self._bytes_per_s))
+        _delay(lane, buffer.device, buffer.numel() / self._bytes_per_s)
         return moved
 
     def abort(self, reason: str) -> None:
@@ -44,7 +44,14 @@ class ChaosTransport(ThrottledTransport):
     def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane):
         before, after = self._random.random(), self._random.random()
         lane.run(lambda: buffer.fill_(POISON))
-        lane.run(lambda: time.sleep(before * self._longest_s))
+        _delay(lane, buffer.device, before * self._longest_s)
         moved = super().fetch(layer, buffer, lane)
-        lane.run(lambda: time.sleep(after * self._longest_s))
+        _delay(lane, buffer.device, after * self._longest_s)
         return moved
+
+
+def _delay(lane: Lane, device: torch.device, seconds: float) -> None:
+    if device.type == "cuda":
+        lane.run(lambda: torch.cuda._sleep(int(seconds * 1.5e9)))  # in cycles of about 1.5 GHz
+    else:
+        lane.run(lambda: time.sleep(seconds))

@@ -78,7 +78,7 @@ class _NeverWaitsForRelease(StreamedBanks):
 
     def acquire(self, layer):
         bank = super().acquire(layer)
-        self._next_slot().free = None
+        self._next_slot().free = self._lane.compute_mark()
         self._fetch_next()
         return bank
 

@@ -23,8 +23,8 @@ class _Slot(Generic[Held]):
 
     buffer: torch.Tensor
     bank: Held
+    free: Mark
     fetch: Fetch | None = None
-    free: Mark | None = None
 
 
 class StreamedBanks(BankSource[Bank]):
@@ -53,7 +53,8 @@ class StreamedBanks(BankSource[Bank]):
         self._resident = tuple(resident)
         self._order = tuple(transports)
         self._transports = dict(transports)
-        self._slots = [_Slot(buffer, make_bank(buffer)) for buffer in buffers]
+        loaded = lane.compute_mark()  # also behind whatever used the buffers' memory before
+        self._slots = [_Slot(buffer, make_bank(buffer), free=loaded) for buffer in buffers]
         self._lane = lane
         self._recorder = SweepRecorder()
         self._fetched = self._released = 0  # of all streamed banks, over all sweeps
@@ -124,8 +125,7 @@ class StreamedBanks(BankSource[Bank]):
     def _fetch_next(self) -> None:
         layer = self._order[self._fetched % len(self._order)]
         slot = self._slots[self._fetched % len(self._slots)]
-        if slot.free is not None:
-            self._lane.wait(slot.free)
+        self._lane.wait(slot.free)
         begin = self._lane.mark()
         moved = self._transports[layer].fetch(layer, slot.buffer, self._lane)
         slot.fetch = Fetch(layer, begin, self._lane.mark(), moved)
