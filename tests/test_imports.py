@@ -37,6 +37,7 @@ ALLOWED = {
         "machine",
         "costmodel",
         "forest",
+        "forming",
         "shapes",
         "memory",
         "residency",
@@ -59,8 +60,11 @@ ALLOWED = {
         "models",
         "engine",
     },
+    "dist": {"errors"},
+    # Workers are started by the torch-free half; what such a process runs imports the torch half inside functions.
+    "workers": {"errors", "core", "config", "forming", "messages", "dist", "experts", "engine"},
     # The Python interface and the command line build the engine; they import the torch half inside functions only.
-    "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "engine"},
+    "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "workers"},
     "cli": {
         "errors",
         "core",
@@ -74,11 +78,12 @@ ALLOWED = {
         "jobs",
         "checkpoint",
         "engine",
+        "workers",
         "models",
     },
     "__init__": {"api"},
 }
-TORCH_HALF = {"ops", "checkpoint", "experts", "models", "engine", "strategies"}
+TORCH_HALF = {"ops", "dist", "checkpoint", "experts", "models", "engine", "strategies"}
 TORCH_FREE = sorted(set(ALLOWED) - TORCH_HALF - {"__init__"})
 
 

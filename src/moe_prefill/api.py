@@ -83,7 +83,7 @@ class Scoring:
 
 
 class Engine:
-    """A model ready to score, on one device.
+    """A model ready to score, on one device or, with ``gpus=N``, in N worker processes.
 
     ``model`` is a directory or a hub id; ``settings`` are the fields of ``EngineConfig`` (device, dtype, sharing,
     ...). Usable as a context manager. Raises UsageError, ModelError and PlanError with the numbers.
@@ -91,12 +91,12 @@ class Engine:
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
         from .checkpoint import resolve_directory
-        from .engine import build_engine
         from .text import Tokenizer
+        from .workers import build_scoring
 
         self.config = EngineConfig(model=str(model), **settings)
         self.tokenizer: Tokenizer = Tokenizer.from_directory(resolve_directory(self.config.model, weights=False))
-        self.scoring: ScoringEngine = build_engine(self.config)
+        self.scoring: ScoringEngine = build_scoring(self.config)
 
     def classify(self, rows: Rows, *, labels: Sequence[Any], **options: Any) -> list[Classification]:
         """One of ``labels`` for each row. Options are the fields of ``tasks.ClassifyConfig``."""

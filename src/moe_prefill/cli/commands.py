@@ -93,13 +93,13 @@ def run_task(kind: str, source: str, values: dict[str, Any]) -> None:
 
 
 def _run(request: Request, output: Output, table: Table) -> Summary:
-    from ..engine import build_engine
+    from ..workers import build_scoring
     from .progress import observer_for
 
     request = replace(request, task=_dated(request.task, output))
     tokenizer = _tokenizer(request)
     early_check(request, table, tokenizer)
-    with closing(build_engine(_engine_config(request, output))) as engine, observer_for(request.run) as observer:
+    with closing(build_scoring(_engine_config(request, output))) as engine, observer_for(request.run) as observer:
         return run_job(
             table,
             build_task(request.task, tokenizer, engine.limits, table.columns),

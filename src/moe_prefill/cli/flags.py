@@ -44,7 +44,9 @@ ENGINE_FLAGS = {
         help="Model directory or hub id (with --load-format dummy: also a preset's name).", names=("--model", "-m")
     ),
     "device": Flag(help="auto, cpu or cuda.", panel=_ENGINE),
-    "gpus": Flag(help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE),
+    "gpus": Flag(
+        help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE
+    ),
     "dtype": Flag(help="auto, float32 or bfloat16.", panel=_ENGINE),
     "load_format": Flag(help="dummy makes random weights, for speed tests.", panel=_ENGINE),
     "seed": Flag(help="Seed of dummy weights.", panel=_ENGINE),

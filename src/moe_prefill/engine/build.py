@@ -4,33 +4,37 @@ before weights load.
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, replace
 
 import torch
 
 from ..config import EngineConfig
 from ..core import Int64Array, ModelSpec
 from ..errors import UsageError
+from ..experts import ALONE, Ranks
 from ..residency import Budget, Pins, ResidencyPlan, plan_residency
 from .banks import BankMemory
 from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
+from .progress import LayerCounter
 
 
-def build_engine(
-    config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64Array | None = None
-) -> LocalEngine:
+def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64Array | None = None) -> LocalEngine:
     """An engine ready to score. Raises UsageError, ModelError or PlanError, each with the numbers, before any work is
     lost. ``layers_done`` int64 [1] counts the layers that have been computed.
     """
-    device = pick_device(config.device) if ranks.size == 1 else rank_device(config.device, ranks)
-    if device.type == "cpu":
+    device = rank_device(config.device, ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+    else:
         # Hyperthreads bring nothing to matrix products, and the count must not change between a job and its resumption.
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     spec, _ = open_model(config.model, config.load_format, config.num_layers)
     dtype = pick_dtype(config.dtype, spec, device)
-    plan = plan_engine(config, spec, device, dtype, ranks)
+    plan = plan_within(config, spec, dtype, agreed_budget(rank_budget(config, device, ranks.size), ranks))
     banks = BankMemory(spec, plan.levels, dtype=dtype, device=device, buffers=plan.bank_buffers)
     spec, weights, _ = load_weights(
         config.model,
@@ -60,6 +64,11 @@ def plan_engine(
     config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, ranks: int = 1
 ) -> ResidencyPlan:
     """What each of ``ranks`` ranks on devices like this one holds. Raises UsageError and PlanError."""
+    return plan_within(config, spec, dtype, rank_budget(config, device, ranks))
+
+
+def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budget: Budget) -> ResidencyPlan:
+    """What a rank with this memory holds. Raises UsageError and PlanError."""
     name = str(dtype).removeprefix("torch.")
     pins = Pins(
         residency=config.residency,
@@ -67,7 +76,7 @@ def plan_engine(
         chunk_rows=config.chunk_rows,
         prefetch_depth=config.prefetch_depth,
     )
-    return plan_residency(spec, rank_budget(config, device, ranks), dtype=name, bank_dtype=name, pins=pins)
+    return plan_residency(spec, budget, dtype=name, bank_dtype=name, pins=pins)
 
 
 def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:
@@ -76,10 +85,31 @@ def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> B
     """
     if device.type == "cuda":
         host = host_pool_bytes(config.host_gib) // ranks
-        return Budget(device_bytes=free_bytes(device, config.memory_gib), host_bytes=host, ranks=ranks)
+        sharers = ranks if ":" in config.device else 1
+        return Budget(device_bytes=free_bytes(device, config.memory_gib) // sharers, host_bytes=host, ranks=ranks)
     mine = free_bytes(device, config.host_gib or config.memory_gib) // ranks
     pinned = config.residency not in (None, "auto")
     return Budget(device_bytes=mine, host_bytes=mine if pinned else 0, ranks=ranks, kind="cpu")
+
+
+def agreed_budget(mine: Budget, ranks: Ranks) -> Budget:
+    """The least that any rank has, measured before any of them allocates: all ranks make the same plan."""
+    offers = [json.loads(offer) for offer in ranks.exchange("budget", json.dumps(asdict(mine)).encode())]
+    least = {name: min(offer[name] for offer in offers) for name in ("device_bytes", "host_bytes")}
+    return replace(mine, **least)
+
+
+def rank_device(name: str, ranks: Ranks) -> torch.device:
+    """The rank's own GPU, or the one device that all were told to use. UsageError where there are too few."""
+    device = pick_device(name)
+    if device.type == "cpu" or ":" in name:
+        return device
+    count = torch.cuda.device_count()
+    if ranks.size > count:
+        raise UsageError(
+            f"{ranks.size} GPUs were asked for, and this machine has {count}; give --gpus {count} or fewer"
+        )
+    return torch.device("cuda", ranks.rank)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,8 @@
+"""Worker processes: one a GPU (or a share of the CPU), started, fed and watched from here. Torch-free but for
+``process``, which is what a worker runs.
+"""
+
+from .engine import GroupEngine, build_scoring
+from .watch import Patience
+
+__all__ = ["GroupEngine", "Patience", "build_scoring"]

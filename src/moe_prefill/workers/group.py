@@ -1,0 +1,234 @@
+"""One life of a group of worker processes: started together, ended together."""
+
+from __future__ import annotations
+
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import errors
+from ..config import EngineConfig
+from ..errors import MoePrefillError, UsageError, WorkerError
+from ..messages import VERSION, Failure, Hello, Message, Ready, Shutdown, Start
+from .channel import Channel
+from .page import ProgressPage
+from .watch import Patience
+
+_TICK_S = 0.2  # how often processes are looked at; a death is mostly noticed at once, by its closed socket
+_GONE_S = 60.0  # for a killed process to leave: its GPU memory is freed first
+_MAX_SOCKET_PATH = 100  # the system allows 107 bytes
+
+
+class WorkerLost(Exception):
+    """A worker died, hangs, or failed. ``error`` is what the user is told if the group cannot be brought back;
+    ``typed``: it is the user's own mistake, which the worker found.
+    """
+
+    def __init__(self, error: MoePrefillError, *, typed: bool = False) -> None:
+        super().__init__(str(error))
+        self.error, self.typed = error, typed
+
+
+class WorkerGroup:
+    """Processes of ranks 0 to ``size - 1`` and the connections to them. Used by one thread, which must live as long as
+    the processes: they are told to die with it.
+
+    The sockets lie in a private directory, which is gone as soon as all workers are connected and ready.
+    ``wake`` is a file that ``poll`` returns for when it becomes readable.
+    """
+
+    def __init__(self, config: EngineConfig, size: int, patience: Patience, wake: socket.socket) -> None:
+        self.size, self._patience = size, patience
+        self.page = ProgressPage.create(size)
+        self._config = config
+        self._directory = Path(tempfile.mkdtemp(prefix="moe-prefill-"))  # mode 0700
+        self._selector = selectors.DefaultSelector()
+        self._wake = wake
+        self._selector.register(wake, selectors.EVENT_READ)
+        self._channels: list[Channel] = []
+        self._by_rank: dict[int, Channel] = {}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._arrived: list[tuple[int, Message]] = []
+
+    def start(self) -> list[Ready]:
+        """Start the processes and wait until every engine is built. Raises WorkerLost."""
+        with _listen(self._directory / "socket") as listener, socket.create_server(("127.0.0.1", 0)) as store:
+            self._selector.register(listener, selectors.EVENT_READ)
+            for rank in range(self.size):
+                self._processes.append(self._spawn(rank, store))
+            start = Start(config=self._config, size=self.size, store_port=store.getsockname()[1])
+            ready = self._wait_until_ready(listener, start)
+            self._selector.unregister(listener)
+        shutil.rmtree(self._directory)
+        return ready
+
+    def send(self, rank: int, message: Message) -> None:
+        """Send without waiting. Raises WorkerLost."""
+        channel = self._by_rank[rank]
+        try:
+            channel.send(message)
+        except OSError:
+            raise self._lost(rank) from None
+        self._selector.modify(channel.socket, _events(channel), channel)
+
+    def poll(self, timeout_s: float = _TICK_S) -> list[tuple[int, Message]]:
+        """Messages with the ranks that sent them, after at most ``timeout_s``. Raises WorkerLost."""
+        for key, events in self._selector.select(timeout_s):
+            if isinstance(key.data, Channel):
+                self._attend(key.data, events)
+            elif key.fileobj is self._wake:
+                self._wake.recv(4096)
+            else:
+                self._accept(key.fileobj)
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None and not self._has_message_of(rank):
+                raise self._lost(rank)
+        arrived, self._arrived = self._arrived, []
+        for rank, message in arrived:
+            if isinstance(message, Failure):
+                raise _failure(rank, message)
+        return arrived
+
+    def finish(self) -> None:
+        """An orderly end: every worker frees what it holds and leaves."""
+        for channel in self._by_rank.values():
+            channel.send(Shutdown())
+        deadline = time.monotonic() + self._patience.stop_s
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return  # kill() ends it
+
+    def kill(self) -> None:
+        """End every process, wait until they are gone, and leave nothing behind. May be called at any time."""
+        for process in self._processes:
+            process.send_signal(signal.SIGKILL)
+        for rank, process in enumerate(self._processes):
+            try:
+                process.wait(_GONE_S)
+            except subprocess.TimeoutExpired:
+                raise WorkerError(
+                    f"worker {rank} (process {process.pid}) does not end {_GONE_S:.0f} s after SIGKILL; "
+                    "its device or file system is stuck"
+                ) from None
+        for channel in self._channels:
+            channel.socket.close()
+        self._selector.close()
+        self.page.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def hangs(self, rank: int, limit_s: float) -> WorkerLost:
+        """What to raise for a rank that the watch has given up."""
+        pid, layers = self._processes[rank].pid, int(self.page.counts[rank])
+        return WorkerLost(
+            WorkerError(f"worker {rank} (process {pid}) hangs: no layer in {limit_s:.1f} s, {layers} before that")
+        )
+
+    def _spawn(self, rank: int, store: socket.socket) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "moe_prefill.workers.process", str(self._directory / "socket"), str(rank)]
+        command += [str(self.page.fd), str(store.fileno() if rank == 0 else -1)]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.__stderr__ if sys.__stderr__ else subprocess.DEVNULL,  # standard output belongs to the rows
+            pass_fds=[self.page.fd, *([store.fileno()] if rank == 0 else [])],
+            process_group=0,  # Ctrl-C is the controller's to handle
+        )
+
+    def _wait_until_ready(self, listener: socket.socket, start: Start) -> list[Ready]:
+        ready: dict[int, Ready] = {}
+        deadline = time.monotonic() + self._patience.start_s
+        while len(ready) < self.size:
+            for rank, message in self.poll():
+                if isinstance(message, Hello):
+                    self.send(rank, start)
+                elif isinstance(message, Ready):
+                    ready[rank] = message
+            if time.monotonic() > deadline:
+                late = sorted(set(range(self.size)) - set(ready))
+                raise WorkerLost(WorkerError(f"workers {late} are not ready after {self._patience.start_s:g} s"))
+        return [ready[rank] for rank in range(self.size)]
+
+    def _accept(self, listener: object) -> None:
+        assert isinstance(listener, socket.socket)
+        channel = Channel(listener.accept()[0])
+        self._channels.append(channel)
+        self._selector.register(channel.socket, selectors.EVENT_READ, channel)
+
+    def _attend(self, channel: Channel, events: int) -> None:
+        """Send what is left and read what has come."""
+        try:
+            if events & selectors.EVENT_WRITE:
+                channel.flush()
+            messages = channel.receive() if events & selectors.EVENT_READ else []
+        except OSError:
+            messages = None
+        if messages is None:
+            self._selector.unregister(channel.socket)
+            if channel.rank >= 0 and not self._has_message_of(channel.rank):
+                raise self._lost(channel.rank)
+            return
+        self._selector.modify(channel.socket, _events(channel), channel)
+        for message in messages:
+            if channel.rank < 0:
+                self._introduce(channel, message)
+            self._arrived.append((channel.rank, message))
+
+    def _introduce(self, channel: Channel, message: Message) -> None:
+        if not isinstance(message, Hello) or message.version != VERSION:
+            said = f"a worker says {message!r:.200} where a hello of version {VERSION} belongs"
+            raise WorkerLost(WorkerError(f"{said}; is the installation mixed?"))
+        assert self._processes[message.rank].pid == message.pid, message
+        channel.rank = message.rank
+        self._by_rank[message.rank] = channel
+
+    def _has_message_of(self, rank: int) -> bool:
+        """A worker that fails says why before it leaves: its last words come first."""
+        return any(sender == rank for sender, _ in self._arrived)
+
+    def _lost(self, rank: int) -> WorkerLost:
+        process = self._processes[rank]
+        try:
+            code = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return WorkerLost(WorkerError(f"worker {rank} (process {process.pid}) has closed its connection"))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return WorkerLost(WorkerError(f"worker {rank} (process {process.pid}) {how}"))
+
+
+def _listen(path: Path) -> socket.socket:
+    if len(str(path)) > _MAX_SOCKET_PATH:
+        raise UsageError(f"{path}: is too long a path for a socket; set TMPDIR to a shorter directory")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def _events(channel: Channel) -> int:
+    return selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.has_unsent else 0)
+
+
+def _failure(rank: int, message: Failure) -> WorkerLost:
+    """A worker's last words: an error of the user's comes out as the same class here."""
+    kind = _USER_ERRORS.get(message.code)
+    if kind is not None:
+        return WorkerLost(kind(message.message), typed=kind is not WorkerError)
+    return WorkerLost(WorkerError(f"worker {rank} failed: {message.code}: {message.message}"))
+
+
+def _user_errors() -> Iterator[tuple[str, type[MoePrefillError]]]:
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, MoePrefillError) and kind is not errors.RowError:
+            yield name, kind
+
+
+_USER_ERRORS = dict(_user_errors())

@@ -1,0 +1,141 @@
+"""What a worker process runs: ``python -m moe_prefill.workers.process SOCKET RANK PAGE_FD STORE_FD``.
+
+It says hello, is told what to build, and computes one sweep after another. It ends with its controller, however that
+ends: by the closed socket, and where it cannot read that (stopped, or inside a driver's call) by the parent-death
+signal. Until the engine is built nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from ..core import AtomicRequest
+from ..errors import MoePrefillError
+from ..messages import (
+    VERSION,
+    Decoder,
+    Failure,
+    Hello,
+    Message,
+    PackedResults,
+    Ready,
+    Score,
+    Scored,
+    Shutdown,
+    Start,
+    encode,
+)
+from .page import ProgressPage
+
+if TYPE_CHECKING:
+    from ..engine import LocalEngine
+
+_PR_SET_PDEATHSIG = 1
+_CHUNK = 1 << 20
+
+
+class Controller:
+    """The other end of the socket: messages from it wait in ``inbox``."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(path)
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
+        threading.Thread(target=self._read, name="controller", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        for part in encode(message):
+            self._socket.sendall(part)
+
+    def _read(self) -> None:
+        decoder = Decoder()
+        try:
+            while data := self._socket.recv(_CHUNK):
+                for message in decoder.feed(data):
+                    self.inbox.put(message)
+        finally:
+            os._exit(1)  # the controller is gone, and so is everybody whom this worker could serve
+
+
+def main() -> int:
+    path, rank, page_fd, store_fd = sys.argv[1], *map(int, sys.argv[2:])
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could be noticed
+        return 1
+    controller = Controller(path)
+    controller.send(Hello(version=VERSION, rank=rank, pid=os.getpid()))
+    start = controller.inbox.get()
+    assert isinstance(start, Start), start
+    try:
+        engine = build(start, rank, page_fd, store_fd)
+        controller.send(
+            Ready(
+                forming=engine.forming,
+                rounds=engine.rounds,
+                plan_digest=engine.plan_digest,
+                peak_flops=engine.peak_flops,
+            )
+        )
+        serve(engine, controller)
+        engine.close()
+    except MoePrefillError as error:
+        controller.send(Failure(code=type(error).__name__, message=str(error)))
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        controller.send(Failure(code=type(error).__name__, message=str(error)))
+        return 1
+    return 0
+
+
+def build(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEngine:
+    """This rank's engine, which counts its layers in the shared page."""
+    from ..dist import open_store
+    from ..engine import build_engine
+    from ..experts import Ranks
+
+    store = open_store(start.store_port, start.size, listen_fd=store_fd if rank == 0 else None)
+    page = ProgressPage(page_fd, start.size)
+    return build_engine(start.config, ranks=Ranks(rank, start.size, store), layers_done=page.counts[rank : rank + 1])
+
+
+def serve(engine: LocalEngine, controller: Controller) -> None:
+    """Compute sweeps until the controller has no more."""
+    given: deque[int] = deque()
+    before = replace(engine.stats)
+    for results in engine.compute(arriving(controller.inbox, given)):
+        controller.send(
+            Scored(number=given.popleft(), results=PackedResults.pack(results), stats=engine.stats - before)
+        )
+        before = replace(engine.stats)
+
+
+def arriving(inbox: SimpleQueue[Message], given: deque[int]) -> Iterator[list[AtomicRequest] | None]:
+    """Sweeps as they come, their numbers in ``given``; None while one is computed and no other has come."""
+    while True:
+        try:
+            message = inbox.get(block=not given)
+        except Empty:
+            yield None
+            continue
+        if isinstance(message, Shutdown):
+            return
+        assert isinstance(message, Score), message
+        given.append(message.number)
+        yield message.requests.unpack()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
