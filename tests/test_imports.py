@@ -63,9 +63,25 @@ ALLOWED = {
     "dist": {"errors"},
     # Workers are started by the torch-free half; what such a process runs imports the torch half inside functions.
     "workers": {"errors", "core", "config", "forming", "messages", "dist", "experts", "engine"},
+    "calibrate": {
+        "errors",
+        "core",
+        "machine",
+        "costmodel",
+        "forest",
+        "shapes",
+        "memory",
+        "residency",
+        "ops",
+        "checkpoint",
+        "experts",
+        "models",
+        "engine",
+    },
     # The Python interface and the command line build the engine; they import the torch half inside functions only.
     "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "workers"},
     "cli": {
+        "calibrate",
         "errors",
         "core",
         "config",
@@ -83,7 +99,7 @@ ALLOWED = {
     },
     "__init__": {"api"},
 }
-TORCH_HALF = {"ops", "dist", "checkpoint", "experts", "models", "engine", "strategies"}
+TORCH_HALF = {"ops", "dist", "checkpoint", "experts", "models", "engine", "strategies", "calibrate"}
 TORCH_FREE = sorted(set(ALLOWED) - TORCH_HALF - {"__init__"})
 
 

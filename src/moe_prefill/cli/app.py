@@ -18,9 +18,11 @@ from ..config import EngineConfig
 from ..errors import MoePrefillError, RowError
 from ..jobs import merge_shards
 from ..tasks.taskfile import CONFIGS
+from .calibrate import calibrate
 from .commands import run_task
 from .fields import keyword, make_command, parameters_of
 from .flags import ENGINE_FLAGS, JOB_FLAGS, TASK_FLAGS, RunOptions
+from .plan import plan
 from .report import show_metrics
 
 EXIT_BUG = 70  # an error that is not the user's
@@ -107,6 +109,12 @@ def _add_task(kind: str) -> None:
 
 for _kind in CONFIGS:
     _add_task(_kind)
+
+
+app.command("calibrate")(calibrate)
+
+
+app.command("plan")(plan)
 
 
 @app.command("merge")

@@ -1,0 +1,150 @@
+"""Achieved rates of the main operations at the shapes of one layer, through the same ops as a sweep.
+
+Letters: T rows, D hidden, H query heads, G key/value heads, d head channels, E experts, I expert size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .. import ops
+from ..checkpoint import dummy_slots
+from ..core import AtomicRequest, ModelSpec
+from ..costmodel import Batch, Rows, layer_seconds, layer_work
+from ..engine.plan import build_sweep_plan
+from ..engine.sweep import rope_rows, run_layer
+from ..errors import UsageError
+from ..forest import SHARE_NOTHING
+from ..machine import Curve, MachineProfile
+from ..memory import memory_plan
+from ..models.decoder import Decoder
+from ..models.weights import ExpertBank, LayerWeights, weights_from_slots
+from ..shapes import bank_shapes, slot_shapes
+from .timing import seconds
+
+_FIT_LENGTH = 256  # tokens a request of the whole layers that are timed: attention is a small part of them
+_VOCABULARY = 64  # the embedding is not measured
+
+
+def one_layer(spec: ModelSpec) -> ModelSpec:
+    """The first sparse layer of a model alone, without a window. UsageError: there is none."""
+    sparse = next((layer for layer in spec.layers if layer.sparse), None)
+    if sparse is None:
+        raise UsageError(f"this {spec.family} model has no layer with experts: there is nothing to calibrate for")
+    return replace(spec, layers=(replace(sparse, window=None),), vocab_size=_VOCABULARY, tie_embeddings=True)
+
+
+class LayerBench:
+    """One layer with random weights on a device, and the operations in it."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, budget_s: float) -> None:
+        self.spec = one_layer(spec)
+        self.device, self.dtype, self._budget_s = device, dtype, budget_s
+        self._layer, self._bank = self._weights()
+        self._decoder = Decoder(self.spec)
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def gemm(self, rows: int) -> float:
+        """FLOP/s of the QKV and output projections on ``rows`` rows."""
+        attention = self._layer.attention
+        x_TD, wide_TQ = self._random(rows, attention.qkv.shape[1]), self._random(rows, attention.out.shape[1])
+        taken_s = self._seconds(lambda: F.linear(x_TD, attention.qkv))
+        taken_s += self._seconds(lambda: F.linear(wide_TQ, attention.out))
+        return 2 * rows * (attention.qkv.numel() + attention.out.numel()) / taken_s
+
+    def grouped(self, tokens: int) -> float:
+        """FLOP/s of both expert projections on ``tokens`` tokens, spread at random over the experts."""
+        spec = self.spec
+        scores = torch.rand(tokens, spec.num_experts, device=self.device)
+        counts = torch.bincount(scores.topk(spec.top_k).indices.flatten(), minlength=spec.num_experts)
+        ends = counts.cumsum(0).to(torch.int32)
+        x_RD, hidden_RI = (self._random(tokens * spec.top_k, n) for n in (spec.hidden_size, spec.expert_size))
+        taken_s = self._seconds(lambda: ops.grouped_mm(x_RD, self._bank.gate_up, ends))
+        taken_s += self._seconds(lambda: ops.grouped_mm(hidden_RI, self._bank.down, ends))
+        return 6 * tokens * spec.top_k * spec.hidden_size * spec.expert_size / taken_s
+
+    def attention(self, length: int, tokens: int) -> float:
+        """FLOP/s of causal attention over sequences of ``length`` tokens, ``tokens`` in all or one sequence."""
+        spec, count = self.spec, max(1, tokens // length)
+        edges = np.arange(count + 1, dtype=np.int32) * length
+        spans = ops.Spans.on(self.device, edges, edges)
+        q_THd = self._random(count * length, spec.num_heads, spec.head_dim)
+        k_TGd, v_TGd = (self._random(count * length, spec.num_kv_heads, spec.head_dim) for _ in "kv")
+        taken_s = self._seconds(
+            lambda: ops.attention(q_THd, k_TGd, v_TGd, spans, causal=True, scale=self._decoder.scale)
+        )
+        pairs = Rows.of(0, length, count).num_pairs(None)
+        return 4 * spec.num_heads * spec.head_dim * pairs / taken_s
+
+    def layer(self, tokens: int, chunk_rows: int) -> float:
+        """Seconds of the whole layer on ``tokens`` tokens, every row carried."""
+        plan = build_sweep_plan(
+            _requests(tokens),
+            [""] * -(-tokens // _FIT_LENGTH),
+            self.spec,
+            SHARE_NOTHING,
+            memory_plan(self.spec, self.dtype.itemsize, tokens, chunk_rows),
+            self.device,
+            prune_last=False,
+        )
+        x_TD, rope = self._random(tokens, self.spec.hidden_size), rope_rows(plan, self.dtype)
+        return self._seconds(lambda: run_layer(plan, self._decoder, self._layer, self._bank, 0, x_TD, rope))
+
+    def elementwise(self, profile: MachineProfile, tokens: int) -> float:
+        """Bytes/s that all of a layer but its products reaches: what its time leaves beside theirs, which ``profile``
+        knows. At most the bandwidth of a plain copy.
+        """
+        batch = layer_batch(tokens)
+        parts = layer_seconds(self.spec, 0, batch, profile, self.precision)
+        known_s = sum(taken for part, taken in parts.items() if part != "elementwise") + profile.layer_overhead_s
+        moved = layer_work(self.spec, 0, batch, self.precision)["elementwise"].bytes
+        left_s = self.layer(tokens, profile.chunk_rows) - known_s
+        return moved / max(left_s, moved / profile.memory_bandwidth)
+
+    def memory(self, num_bytes: int) -> float:
+        """Bytes/s of a plain copy within the device, read and written."""
+        source = torch.empty(num_bytes, dtype=torch.uint8, device=self.device).zero_()
+        target = torch.empty_like(source)
+        return 2 * num_bytes / self._seconds(lambda: target.copy_(source))
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        return seconds(work, self.device, self._budget_s)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
+
+    def _weights(self) -> tuple[LayerWeights, ExpertBank]:
+        shapes = slot_shapes(self.spec) | bank_shapes(self.spec)
+        slots = dummy_slots(
+            shapes,
+            lambda _, shape: torch.empty(shape, dtype=self.dtype, device=self.device),
+            top_k=self.spec.top_k,
+            device=self.device,
+        )
+        bank = ExpertBank(slots["banks.0.gate_up"], slots["banks.0.down"])
+        return weights_from_slots(self.spec, slots).layers[0], bank
+
+
+def layer_batch(tokens: int) -> Batch:
+    """The batch that ``LayerBench.layer`` times, as the cost model sees it."""
+    return Batch.uniform(tokens, _FIT_LENGTH, prune_last=False)
+
+
+def curve(sizes: list[tuple[float, float]]) -> Curve:
+    """From (size, rate) points, sizes that repeat left out."""
+    return Curve.of(list(dict(sizes).items()))
+
+
+def _requests(tokens: int) -> list[AtomicRequest]:
+    """Random tokens, ``_FIT_LENGTH`` a request, the last one shorter if need be; each asks after its last token."""
+    ids = np.random.default_rng(0).integers(0, _VOCABULARY, tokens).astype(np.int32)
+    cuts = range(_FIT_LENGTH, tokens, _FIT_LENGTH)
+    return [AtomicRequest.candidates(part, [0]) for part in np.split(ids, cuts)]
