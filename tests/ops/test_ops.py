@@ -30,6 +30,9 @@ ENTRIES = [
     ([3, 7, 3, 1], [9, 7, 9, 4], True, 3),
     ([4, 4, 0, 6], [2, 0, 3, 11], False, None),
     ([33, 1, 60], [64, 130, 60], True, 17),
+    ([150, 3, 64], [150, 3, 200], True, None),  # long entries are worked through in blocks of rows on a CPU
+    ([100, 64], [300, 64], True, 70),
+    ([130], [97], False, None),
 ]
 
 

@@ -112,9 +112,10 @@ def keys_values(
 
 def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: DeviceChunk) -> torch.Tensor:
     """Attention of a chunk's queries to their paths: the diagonal, then each level of ancestors, merged in float32."""
-    diagonal = [call_attention(decoder, q, k, v, call) for call in chunk.diagonal]
+    merged = bool(chunk.levels)
+    diagonal = [call_attention(decoder, q, k, v, call, need_lse=merged) for call in chunk.diagonal]
     out, lse = diagonal[0] if len(diagonal) == 1 else (torch.cat(parts) for parts in zip(*diagonal, strict=True))
-    if not chunk.levels:
+    if not merged:
         return out
     wide, lse = out.float(), lse.contiguous()
     for call in chunk.levels:
@@ -123,7 +124,7 @@ def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 
 
 def call_attention(
-    decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: DeviceCall
+    decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: DeviceCall, *, need_lse: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.attention(
         q[call.rows],
@@ -133,6 +134,7 @@ def call_attention(
         causal=call.causal,
         window=call.window,
         scale=decoder.scale,
+        need_lse=need_lse,
     )
 
 

@@ -6,6 +6,7 @@ float32, natural logarithm, [Q, H]; a query without keys gives (0, -inf).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+_BLOCK_LEAST_ROWS, _BLOCK_MOST_KEYS = 64, 1024  # see _suits_row_blocks
+_BLOCK_SCORES = 1 << 18  # float32 scores of a block and key/value head: a megabyte of cache
 _MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the plain version: bounds its workspace
 
 
@@ -91,17 +94,18 @@ def attention(
     causal: bool,
     window: int | None = None,
     scale: float,
+    need_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
 
     ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself
-    included.
+    included. Without ``need_lse`` the log-sum-exp may be left unset, where it costs something to know.
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
     if q_QHd.is_cuda and q_QHd.dtype in (torch.bfloat16, torch.float16) and q_QHd.shape[-1] % 8 == 0:
         return _flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
-    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
 
 
 def _flash(
@@ -128,16 +132,37 @@ def _flash(
 
 
 def _by_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: Spans,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries of equal shape go through one batched call; entries of a shape of their own through one each."""
+    """Large entries go through blocks of rows; of the others, those of equal shape share one batched call."""
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     num_q, num_k = np.diff(spans.cu_q), np.diff(spans.cu_k)
-    shapes = num_q.astype(np.int64) << 32 | num_k
+    blocked = _suits_row_blocks(q, num_q, num_k, causal)
+    for entry in np.flatnonzero(blocked):
+        rows, keys = slice(*spans.cu_q[entry : entry + 2].tolist()), slice(*spans.cu_k[entry : entry + 2].tolist())
+        _row_blocks(
+            q[rows],
+            k[keys],
+            v[keys],
+            out[rows],
+            lse[rows] if need_lse else None,
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
+    shapes = np.where(blocked, 0, num_q.astype(np.int64) << 32 | num_k)
     for shape in np.unique(shapes):
         entries = np.flatnonzero(shapes == shape)
-        nq, nk = int(num_q[entries[0]]), int(num_k[entries[0]])
+        nq, nk = int(shape >> 32), int(shape & 0xFFFFFFFF)
         if nq == 0 or nk == 0:
             continue
         step = max(1, _MAX_BATCHED_SCORES // (nq * nk))
@@ -145,6 +170,66 @@ def _by_shape(
             part = entries[low : low + step]
             _one_shape(q, k, v, out, lse, spans.cu_q[part], spans.cu_k[part], nq, nk, causal, window, scale)
     return out, lse
+
+
+def _suits_row_blocks(q: torch.Tensor, num_q: np.ndarray, num_k: np.ndarray, causal: bool) -> np.ndarray:
+    """Which entries are faster as matrix products over blocks of rows than in torch's CPU flash kernel.
+
+    Measured with AVX-512 (BF16 and float32): the flash kernel wins below some 64 rows, where calls cost more than
+    work, and past 1024 keys, where blocks of scores leave the cache. A row without keys is the batched path's affair.
+    """
+    if q.device.type != "cpu":
+        return np.zeros(len(num_q), dtype=bool)
+    suits = (num_q >= _BLOCK_LEAST_ROWS) & (num_k >= _BLOCK_LEAST_ROWS) & (num_k <= _BLOCK_MOST_KEYS)
+    return suits & (num_q <= num_k) if causal else suits
+
+
+def _row_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> None:
+    """One entry in float32, a block of rows at a time against just the keys that it sees, scores in the cache.
+
+    The query heads of a key/value head are rows of one product, so keys are neither repeated nor copied.
+    """
+    num_q, num_k, kv_heads, dim = len(q), len(k), k.shape[1], q.shape[2]
+    groups, shift = q.shape[1] // kv_heads, len(k) - len(q)
+    queries = (q.float() * scale).view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    out_heads = out.view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
+    step = max(16, min(64, _BLOCK_SCORES // (groups * num_k) // 16 * 16))
+    for low in range(0, num_q, step):
+        high = min(low + step, num_q)
+        first = 0 if window is None else max(0, low + shift - window + 1)
+        last = high + shift if causal else num_k
+        rows = queries[:, :, low:high].reshape(kv_heads, -1, dim)
+        scores = torch.bmm(rows, keys[:, :, first:last])
+        if causal:
+            mask = _cached_mask(high - low, last - first, window)
+            scores.view(kv_heads, groups, high - low, -1)[..., -mask.shape[1] :].add_(mask)
+        weights = scores.softmax(-1)
+        if lse is not None:
+            # The largest weight is exp(largest score - lse): cheaper than exponentials of our own.
+            found = scores.amax(-1).sub_(weights.amax(-1).log_()).view(kv_heads, groups, high - low)
+            lse[low:high].view(-1, kv_heads, groups).copy_(found.permute(2, 0, 1))
+        mixed = torch.bmm(weights, values[:, first:last])
+        out_heads[:, :, low:high].copy_(mixed.view(kv_heads, groups, high - low, dim))
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
+    """What to add to the scores' last columns; only the last ``num_queries`` of them hide anything without a window."""
+    width = num_queries if window is None else num_keys
+    seen = visible(num_queries, width, causal=True, window=window, device=torch.device("cpu"))
+    assert seen is not None
+    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 
 def _one_shape(

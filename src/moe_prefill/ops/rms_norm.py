@@ -25,10 +25,10 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 
 
 def _rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """The reference in three passes over memory: the norms in float32, scaled rows straight into the dtype, the
-    weight.
-    """
-    norms = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
+    """The reference with few passes over memory; torch would convert operands of mixed types once more each."""
+    wide = x_TD.float()
+    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = torch.rsqrt(norms.square_() / x_TD.shape[-1] + eps)
-    out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-    return torch.mul(x_TD, scale, out=out).mul_(weight_D)
+    if wide is x_TD:
+        return torch.mul(x_TD, scale).mul_(weight_D)
+    return wide.mul_(scale).to(x_TD.dtype).mul_(weight_D)
