@@ -22,7 +22,7 @@ ALLOWED = {
     "messages": {"errors", "core", "config", "forming"},
     "shapes": {"core"},
     "memory": {"errors", "core"},
-    "residency": {"errors", "core", "machine", "costmodel", "shapes", "memory"},
+    "residency": {"errors", "core", "config", "machine", "costmodel", "shapes", "memory"},
     "text": {"errors", "core"},
     "tasks": {"errors", "core", "text"},
     "jobs": {"errors", "core", "tasks"},

@@ -21,7 +21,8 @@ class EngineConfig:
     that GPU); None: no process but this one. ``threads`` are those of each process.
     ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
     ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``chunk_rows`` how many rows go through a
-    layer at a time. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
+    layer at a time; ``profile`` is a file of rates that ``moe-prefill calibrate`` measured here, by which the plan
+    chooses. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
     """
 
     model: str
@@ -41,6 +42,7 @@ class EngineConfig:
     residency: str | None = None
     prefetch_depth: int | None = None
     chunk_rows: int | None = None
+    profile: str | None = None
     strategy: Strategy = "asyncep"
     micro_batches: int = 4  # pp+pp: a sweep's
 

@@ -84,9 +84,13 @@ def largest_sweep(spec: ModelSpec, element: int, budget: int, chunk_rows: int) -
     return max(0, (budget - size(0)) // (size(1) - size(0)))
 
 
-def sweep_sizes(kind: DeviceKind, wanted: int | None, chunk_rows: int | None) -> list[tuple[int, int]]:
-    """Sizes of a sweep to try, (tokens, chunk rows), from enough down to the least. What is given is kept."""
-    chunk = _CHUNK_ROWS[kind]
+def sweep_sizes(
+    kind: DeviceKind, wanted: int | None, chunk_rows: int | None, usual_rows: int | None = None
+) -> list[tuple[int, int]]:
+    """Sizes of a sweep to try, (tokens, chunk rows), from enough down to the least. What is given is kept;
+    ``usual_rows`` are only where chunks begin.
+    """
+    chunk = usual_rows or _CHUNK_ROWS[kind]
     sizes = [(wanted or tokens, chunk_rows or rows) for tokens, rows in _halvings(kind, chunk)]
     return list(dict.fromkeys(sizes))
 
@@ -96,10 +100,12 @@ def sweep_steps(kind: DeviceKind) -> list[int]:
     return [_ENOUGH_TOKENS[kind] * count // 2 for count in (2, 3, 4, 6, 8, 12, 16)]
 
 
-def is_good(kind: DeviceKind, size: tuple[int, int], wanted: int | None, chunk_rows: int | None) -> bool:
+def is_good(
+    kind: DeviceKind, size: tuple[int, int], wanted: int | None, chunk_rows: int | None, usual_rows: int | None = None
+) -> bool:
     """Whether a sweep of this size computes at nearly the full rate, as long as no bank has to be waited for."""
     tokens, rows = size
-    least = _CHUNK_ROWS[kind] // 4
+    least = (usual_rows or _CHUNK_ROWS[kind]) // 4
     return (wanted is not None or tokens >= least) and (chunk_rows is not None or rows >= min(least, tokens))
 
 

@@ -64,6 +64,7 @@ ENGINE_FLAGS = {
     ),
     "prefetch_depth": Flag(help="Banks that fill ahead of the one in use.", panel=_ENGINE),
     "chunk_rows": Flag(help="Rows that go through a layer at a time.", panel=_ENGINE),
+    "profile": Flag(help="Rates of this machine, from moe-prefill calibrate.", metavar="FILE", panel=_ENGINE),
     "strategy": Flag(help="How GPUs share the model: asyncep, or dp+ep, dp+tp, tp+ep, tp+tp, pp+pp.", panel=_ENGINE),
     "micro_batches": Flag(help="Parts of a sweep that move through a pipeline (pp+pp).", panel=_ENGINE),
 }

@@ -18,7 +18,7 @@ from ..errors import PlanError, UsageError
 from ..machine import MachineProfile, estimated_profile, load_profile
 from ..memory import GIB
 from ..models import preset, preset_names, spec_from_hf
-from ..residency import Budget, Pins, ResidencyPlan, plan_residency, predicted_speed, predicted_sweep
+from ..residency import TOKENS_PER_REQUEST, Budget, ResidencyPlan, plan_for, predicted_sweep
 from ..residency.speed import PRECISIONS, with_chunks
 
 _UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
@@ -74,9 +74,13 @@ def plan(
     chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of a layer at a time.")] = None,
     prefetch_depth: Annotated[int | None, typer.Option("--prefetch-depth", help="Banks that fill ahead.")] = None,
     transport: Annotated[str, typer.Option("--transport", help="copy-engine or nccl.")] = "copy-engine",
-    profile: Annotated[str | None, typer.Option("--profile", help="Rates that moe-prefill calibrate measured.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="FILE", help="Rates that moe-prefill calibrate measured.")
+    ] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="Without a profile: estimate from this GPU's datasheet.")] = "H200",
-    tokens_per_request: Annotated[int, typer.Option("--tokens-per-request", help="For the prediction.")] = 1024,
+    tokens_per_request: Annotated[
+        int, typer.Option("--tokens-per-request", help="For the prediction.")
+    ] = TOKENS_PER_REQUEST,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -137,30 +141,17 @@ def planned_spec(config: EngineConfig) -> ModelSpec:
 
 def make_plan(options: PlanOptions, spec: ModelSpec) -> tuple[ResidencyPlan, Forecast]:
     """The plan that an engine with these settings would make, and its forecast."""
-    config = options.config
     profile = load_profile(options.profile) if options.profile else estimated_profile(options.gpu)
     dtype, bank_dtype = stored_types(options, spec)
-    speed = predicted_speed(
-        spec,
-        profile,
-        bank_dtype=bank_dtype,
-        ranks=options.ranks,
-        tokens_per_request=options.tokens_per_request,
-        transfer=options.transport,
-        prefetch_depth=config.prefetch_depth,
-    )
-    plan = plan_residency(
+    plan = plan_for(
+        options.config,
         spec,
         device_budget(options),
         dtype=dtype,
         bank_dtype=bank_dtype,
-        pins=Pins(
-            residency=config.residency,
-            max_sweep_tokens=config.max_sweep_tokens,
-            chunk_rows=config.chunk_rows,
-            prefetch_depth=config.prefetch_depth,
-        ),
-        speed=None if profile.is_estimated else speed,
+        profile=profile,
+        tokens_per_request=options.tokens_per_request,
+        transfer=options.transport,
     )
     return plan, _forecast(options, spec, plan, profile)
 

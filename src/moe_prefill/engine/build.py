@@ -14,7 +14,8 @@ from ..config import EngineConfig
 from ..core import Int64Array, ModelSpec
 from ..errors import UsageError
 from ..experts import ALONE, Ranks
-from ..residency import Budget, Pins, ResidencyPlan, plan_residency
+from ..machine import load_profile
+from ..residency import Budget, ResidencyPlan, plan_for
 from .banks import BankMemory
 from .load import load_weights, open_model
 from .local import LocalEngine
@@ -60,23 +61,13 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     )
 
 
-def plan_engine(
-    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, ranks: int = 1
-) -> ResidencyPlan:
-    """What each of ``ranks`` ranks on devices like this one holds. Raises UsageError and PlanError."""
-    return plan_within(config, spec, dtype, rank_budget(config, device, ranks))
-
-
 def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budget: Budget) -> ResidencyPlan:
     """What a rank with this memory holds. Raises UsageError and PlanError."""
     name = str(dtype).removeprefix("torch.")
-    pins = Pins(
-        residency=config.residency,
-        max_sweep_tokens=config.max_sweep_tokens,
-        chunk_rows=config.chunk_rows,
-        prefetch_depth=config.prefetch_depth,
-    )
-    return plan_residency(spec, budget, dtype=name, bank_dtype=name, pins=pins)
+    profile = None
+    if config.profile is not None:
+        profile = load_profile(config.profile, torch.cuda.get_device_name() if budget.kind == "cuda" else "cpu")
+    return plan_for(config, spec, budget, dtype=name, bank_dtype=name, profile=profile)
 
 
 def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:

@@ -15,11 +15,13 @@ from .record import (
     shard_bytes,
     shard_of,
 )
+from .settings import TOKENS_PER_REQUEST, plan_for
 from .speed import predicted_speed, predicted_sweep
 
 __all__ = [
     "DTYPE_BYTES",
     "RECORD_ALIGNMENT",
+    "TOKENS_PER_REQUEST",
     "Budget",
     "ExpertRecord",
     "Level",
@@ -32,6 +34,7 @@ __all__ = [
     "bank_bytes",
     "expert_record",
     "parse_residency",
+    "plan_for",
     "plan_residency",
     "predicted_speed",
     "predicted_sweep",

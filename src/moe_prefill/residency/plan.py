@@ -51,12 +51,15 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pins:
-    """What the user decides himself; None: the plan does."""
+    """What the user decides himself; None: the plan does. ``usual_chunk_rows``: what calibration found best, and where
+    memory is short the plan may take less.
+    """
 
     residency: str | None = None
     max_sweep_tokens: int | None = None
     chunk_rows: int | None = None
     prefetch_depth: int | None = None
+    usual_chunk_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +146,7 @@ class _Planner:
         self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
         self.weights = weight_bytes(spec, self.element)
         self.pinned = parse_residency(pins.residency or "auto", spec, budget.ranks)
-        self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows)
+        self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
 
     @property
     def free_to_choose(self) -> bool:
@@ -178,9 +181,10 @@ class _Planner:
         return self._plan(best)
 
     def _tries(self) -> Iterator[_Candidate | None]:
-        kind, wanted, rows = self.budget.kind, self.pins.max_sweep_tokens, self.pins.chunk_rows
+        pins = self.pins
+        sizes = (pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
         if self.pinned is None:
-            good = [size for size in self.sizes if is_good(kind, size, wanted, rows)]
+            good = [size for size in self.sizes if is_good(self.budget.kind, size, *sizes)]
             yield from (self._first([{"resident": self.spec.num_sparse_layers}], size) for size in good)
             if self.budget.ranks > 1:
                 yield from (self._first(self._counts(host=False), size) for size in good)
