@@ -1,0 +1,49 @@
+"""The plan that an engine's settings ask for: one way for the engine and for ``moe-prefill plan``."""
+
+from __future__ import annotations
+
+from ..config import EngineConfig
+from ..core import ModelSpec
+from ..costmodel import Peer
+from ..machine import MachineProfile
+from .plan import Budget, Pins, ResidencyPlan, plan_residency
+from .speed import predicted_speed
+
+TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests
+
+
+def plan_for(
+    config: EngineConfig,
+    spec: ModelSpec,
+    budget: Budget,
+    *,
+    dtype: str,
+    bank_dtype: str,
+    profile: MachineProfile | None = None,
+    tokens_per_request: int = TOKENS_PER_REQUEST,
+    transfer: Peer = "copy-engine",
+) -> ResidencyPlan:
+    """What each rank holds. A measured ``profile`` decides between banks and tokens; without one, or with an estimated
+    one, the rule does. Raises UsageError and PlanError.
+    """
+    if profile is not None and profile.is_estimated:
+        profile = None
+    pins = Pins(
+        residency=config.residency,
+        max_sweep_tokens=config.max_sweep_tokens,
+        chunk_rows=config.chunk_rows,
+        prefetch_depth=config.prefetch_depth,
+        usual_chunk_rows=profile.chunk_rows if profile else None,
+    )
+    speed = None
+    if profile is not None:
+        speed = predicted_speed(
+            spec,
+            profile,
+            bank_dtype=bank_dtype,
+            ranks=budget.ranks,
+            tokens_per_request=tokens_per_request,
+            transfer=transfer,
+            prefetch_depth=config.prefetch_depth,
+        )
+    return plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype, pins=pins, speed=speed)
