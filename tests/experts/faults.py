@@ -24,6 +24,9 @@ class ThrottledTransport:
         _delay(lane, buffer.device, buffer.numel() / self._bytes_per_s)
         return moved
 
+    def place(self, layer: int) -> torch.Tensor:
+        return self._inner.place(layer)
+
     def abort(self, reason: str) -> None:
         self._inner.abort(reason)
 

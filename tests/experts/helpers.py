@@ -33,14 +33,7 @@ def filled_memory(converted: Converted, levels: Sequence[str | None], **options)
 
 def wrapped(memory: BankMemory, wrap: Wrap) -> BankMemory:
     """The same memory with each of its transports in a wrapper."""
-    inner = memory._transports
-
-    def transports() -> dict[int, Transport]:
-        found = inner()
-        once = {transport: wrap(transport) for transport in dict.fromkeys(found.values())}
-        return {layer: once[transport] for layer, transport in found.items()}
-
-    memory._transports = transports  # type: ignore[method-assign]
+    memory._transports = {level: wrap(transport) for level, transport in memory._transports.items()}
     return memory
 
 

@@ -105,7 +105,7 @@ def test_the_same_chaos_shows_a_missing_wait(sparse, broken, depth):
 def test_a_slow_link_is_waited_for_and_told(sparse):
     converted, requests, expected = sparse
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), buffers=1)
-    bank = memory._layout.bank_bytes
+    bank = memory._setup.layout.bank_bytes
     source = wrapped(memory, lambda inner: ThrottledTransport(inner, bank / 0.02)).source()
     assert torch.equal(scores(engine_of(converted, banks=source, chunk_rows=8), requests), expected)
     (stats,) = source.take_stats()

@@ -91,7 +91,7 @@ def test_the_same_chaos_shows_a_missing_wait():
 def test_a_streamed_sweep_never_waits_for_the_host_and_says_what_it_cost():
     converted = sparse_model(torch.bfloat16)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), device=DEVICE)
-    bank, source = memory._layout.bank_bytes, memory.source()
+    bank, source = memory._setup.layout.bank_bytes, memory.source()
     engine = engine_over(converted, source)
     requests = requests_of(6, count=20)
     plan = engine.plan(requests)
@@ -118,7 +118,7 @@ def test_a_streamed_sweep_never_waits_for_the_host_and_says_what_it_cost():
 def test_host_pools_are_pinned_and_given_back():
     converted = sparse_model(torch.float32)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), device=DEVICE)
-    places = list(memory._places.values())
+    places = [memory._transports["offloaded"].place(layer) for layer in range(4)]
     assert all(place.is_pinned() for place in places)
     memory.source().close()
     assert not any(place.is_pinned() for place in places)

@@ -7,18 +7,22 @@ buffer of the reader; a bank is read, converted and stored an expert at a time, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
+from .. import ops
 from ..core import ModelSpec
 from ..experts import (
     ALONE,
     DEFAULT_SLICE_BYTES,
     BankLayout,
     BankSource,
-    HostPool,
     HostTransport,
+    NcclTransport,
+    PeerTransport,
     Ranks,
+    Setup,
     StreamedBanks,
     Transport,
     open_lane,
@@ -26,14 +30,15 @@ from ..experts import (
 from ..models.weights import ExpertBank
 from ..residency import Level, expert_record, shard_of
 from ..shapes import Shape
+from .quantized import QuantizedRows
 
 
 class BankMemory:
     """Allocates what the levels ask for; ``allocate`` and ``keep`` are the loader's callbacks, and ``source`` is what
     sweeps read once the loader is through. All ranks of a group build theirs with the same levels.
 
-    ``dtype`` is that of the banks, ``buffers`` the number of whole-bank buffers for streamed layers. PlanError where
-    the system does not give the memory.
+    ``dtype`` is that of the banks, ``buffers`` the number of whole-bank buffers for streamed layers, ``transport`` how
+    sharded banks are gathered. PlanError where the system does not give the memory, or a GPU no access to its peers.
     """
 
     def __init__(
@@ -45,57 +50,76 @@ class BankMemory:
         device: torch.device,
         buffers: int = 2,
         ranks: Ranks = ALONE,
+        transport: str = "copy-engine",
         slice_bytes: int = DEFAULT_SLICE_BYTES,
     ) -> None:
         assert len(levels) == spec.num_layers, (len(levels), spec.num_layers)
-        self._layout = BankLayout(spec.num_experts, expert_record(spec, str(dtype).removeprefix("torch.")))
+        layout = BankLayout(spec.num_experts, expert_record(spec, str(dtype).removeprefix("torch.")))
+        self._setup = Setup(layout=layout, device=device, ranks=ranks, slice_bytes=slice_bytes)
         self._levels = tuple(levels)
-        self._device = device
-        self._ranks = ranks
         self._buffers = buffers
-        self._slice_bytes = slice_bytes
-        self._pool = HostPool(dict.fromkeys(self._at("offloaded"), self._layout.bank_bytes), device)
-        self._places = {layer: self._device_bytes(self._layout.bank_bytes) for layer in self._at("resident")}
-        self._places |= {layer: self._pool[layer] for layer in self._at("offloaded")}
-        self._views = {layer: self._layout.views(place) for layer, place in self._places.items()}
+        self._is_collective = transport == "nccl"
+        self._transports = {
+            level: self._open(level) for level in dict.fromkeys(levels) if level not in (None, "resident")
+        }
+        self._resident = {layer: self._new_bank() for layer in self._at("resident")}
+        places = {layer: self._place(layer, level) for layer, level in enumerate(levels) if level is not None}
+        self._views = {layer: layout.views(place) for layer, place in places.items()}
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether every rank must make the same number of sweeps, with or without tokens."""
+        return "hybrid" in self._levels or ("sharded" in self._levels and self._is_collective)
 
     def allocate(self, slot: str, shape: Shape) -> torch.Tensor:
-        """The views of this rank's part of a bank, for the slots ``banks.<layer>.<field>``."""
+        """A view of this rank's part of a bank, for the slots ``banks.<layer>.<field>``; float8 ones quantise what is
+        written.
+        """
         layer, field = _bank_slot(slot)
-        return self._views[layer][field]
+        views = self._views[layer]
+        if views[field].dtype == ops.FLOAT8:
+            return cast("torch.Tensor", QuantizedRows(views[field], views[f"{field}_scale"]))
+        return views[field]
 
     def keep(self, slot: str, shape: Shape) -> range:
         """The experts of a bank that this rank holds."""
         layer, _ = _bank_slot(slot)
         if self._levels[layer] in ("resident", "offloaded"):
             return range(shape[0])
-        return shard_of(shape[0], self._ranks.rank, self._ranks.size)
+        return shard_of(shape[0], self._setup.ranks.rank, self._setup.ranks.size)
 
     def source(self) -> BankSource[ExpertBank]:
-        """The source of filled banks; it owns the memory from here on."""
-        transports = self._transports()
-        resident = [
-            self._bank(self._places[layer]) if level == "resident" else None for layer, level in enumerate(self._levels)
-        ]
-        count = self._buffers if transports else 0
-        buffers = [self._device_bytes(self._layout.bank_bytes) for _ in range(count)]
-        return StreamedBanks(resident, transports, buffers, self._bank, open_lane(self._device, self._slice_bytes))
+        """The source of filled banks, which owns the memory from here on. All ranks meet here."""
+        if self._setup.device.type == "cuda":
+            torch.cuda.synchronize(self._setup.device)
+        self._setup.ranks.meet("banks/filled")
+        resident = [self._bank(self._resident[i]) if i in self._resident else None for i in range(len(self._levels))]
+        streamed = {i: self._transports[level] for i, level in enumerate(self._levels) if level in self._transports}
+        buffers = [self._new_bank() for _ in range(self._buffers)] if streamed else []
+        lane = open_lane(self._setup.device, self._setup.slice_bytes)
+        return StreamedBanks(resident, streamed, buffers, self._bank, lane)
 
-    def _transports(self) -> dict[int, Transport]:
-        """What brings each streamed layer, in order of layers."""
-        by_level: dict[Level | None, Transport] = {}
-        if self._at("offloaded"):
-            by_level["offloaded"] = HostTransport(self._pool)
-        return {layer: by_level[level] for layer, level in enumerate(self._levels) if level in by_level}
+    def _open(self, level: Level | None) -> Transport:
+        """What holds and brings the banks of a level."""
+        layers = self._at(level)
+        if level == "offloaded":
+            return HostTransport(layers, self._setup)
+        assert level == "sharded", level
+        if self._is_collective:
+            return NcclTransport(layers, self._setup)
+        return PeerTransport(layers, self._setup)
 
-    def _at(self, level: Level) -> list[int]:
+    def _place(self, layer: int, level: Level) -> torch.Tensor:
+        return self._resident[layer] if level == "resident" else self._transports[level].place(layer)
+
+    def _at(self, level: Level | None) -> list[int]:
         return [layer for layer, mine in enumerate(self._levels) if mine == level]
 
     def _bank(self, buffer: torch.Tensor) -> ExpertBank:
-        return ExpertBank(**self._layout.views(buffer))
+        return ExpertBank(**self._setup.layout.views(buffer))
 
-    def _device_bytes(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.uint8, device=self._device)
+    def _new_bank(self) -> torch.Tensor:
+        return torch.empty(self._setup.layout.bank_bytes, dtype=torch.uint8, device=self._setup.device)
 
 
 def _bank_slot(slot: str) -> tuple[int, str]:

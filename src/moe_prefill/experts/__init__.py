@@ -3,11 +3,14 @@
 from .host_pool import HostPool
 from .lanes import DEFAULT_SLICE_BYTES, Lane, Mark, open_lane
 from .layout import BankLayout
+from .nccl import NcclTransport
+from .peer import PeerTransport
 from .ranks import ALONE, Ranks
+from .shared_memory import SharedBlock
 from .source import BankSource, ResidentBanks
 from .stats import LayerTransfer, TransferStats
 from .streamed import StreamedBanks
-from .transport import HostTransport, Transport
+from .transport import HostTransport, Setup, Transport
 
 __all__ = [
     "ALONE",
@@ -19,8 +22,12 @@ __all__ = [
     "Lane",
     "LayerTransfer",
     "Mark",
+    "NcclTransport",
+    "PeerTransport",
     "Ranks",
     "ResidentBanks",
+    "Setup",
+    "SharedBlock",
     "StreamedBanks",
     "TransferStats",
     "Transport",

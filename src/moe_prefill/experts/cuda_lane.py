@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from . import driver
-from .lanes import DEFAULT_SLICE_BYTES, Mark, slices
+from .lanes import DEFAULT_SLICE_BYTES, Bytes, Mark, slices
 
 
 class CudaMark:
@@ -35,17 +35,15 @@ class CudaLane:
     def __init__(self, device: torch.device, slice_bytes: int = DEFAULT_SLICE_BYTES) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._slice_bytes = slice_bytes
+        self.slice_bytes = slice_bytes
 
     def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self.stream):
             work()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert target.is_contiguous()
-        assert source.is_contiguous()
+    def copy(self, target: Bytes, source: Bytes) -> None:
         with torch.cuda.device(self.device):
-            for to, of in slices(target, source, self._slice_bytes):
+            for to, of in slices(target, source, self.slice_bytes):
                 driver.copy_async(to.data_ptr(), of.data_ptr(), to.numel(), self.stream.cuda_stream)
 
     def mark(self) -> CudaMark:

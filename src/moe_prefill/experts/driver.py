@@ -7,6 +7,7 @@ All act on the context of the current device, which torch has made.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,6 +87,24 @@ def open_exported(handle: bytes) -> int:
 
 def close_exported(pointer: int) -> None:
     _call("cuIpcCloseMemHandle", pointer)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """Bytes at a device pointer. Of a peer's memory there is no tensor: torch would set up that device in here."""
+
+    pointer: int
+    length: int
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+    def numel(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> DeviceBytes:
+        first, last, _ = part.indices(self.length)
+        return DeviceBytes(self.pointer + first, max(0, last - first))
 
 
 class _Pointer:

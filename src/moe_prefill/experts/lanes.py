@@ -22,13 +22,26 @@ class Mark(Protocol):
         ...
 
 
+class Bytes(Protocol):
+    """A run of bytes that a lane can copy: a uint8 tensor, or memory of another device that is no tensor here."""
+
+    def numel(self) -> int: ...
+    def data_ptr(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Bytes: ...
+
+
 class Lane(Protocol):
+    @property
+    def slice_bytes(self) -> int:
+        """How much a copy moves at a time."""
+        ...
+
     def run(self, work: Callable[[], object]) -> None:
         """Do, or on CUDA enqueue, some work in order."""
         ...
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy bytes (uint8 [n] each, contiguous, on whatever devices), in slices."""
+    def copy(self, target: Bytes, source: Bytes) -> None:
+        """Copy as many bytes, on whatever devices they are, in slices."""
         ...
 
     def mark(self) -> Mark:
@@ -55,10 +68,9 @@ class Lane(Protocol):
         ...
 
 
-def slices(target: torch.Tensor, source: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def slices(target: Bytes, source: Bytes, size: int) -> Iterator[tuple[Bytes, Bytes]]:
     """Matching pieces of at most ``size`` bytes."""
-    assert target.dtype == source.dtype == torch.uint8, (target.dtype, source.dtype)
-    assert target.shape == source.shape, (target.shape, source.shape)
+    assert target.numel() == source.numel(), (target.numel(), source.numel())
     for first in range(0, target.numel(), size):
         yield target[first : first + size], source[first : first + size]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .lanes import DEFAULT_SLICE_BYTES, Mark, slices
+from .lanes import DEFAULT_SLICE_BYTES, Bytes, Mark, slices
 
 
 class ThreadMark:
@@ -45,7 +45,7 @@ class ThreadLane:
     """Implements ``Lane``. After the first error nothing more is done, and every later mark carries that error."""
 
     def __init__(self, slice_bytes: int = DEFAULT_SLICE_BYTES) -> None:
-        self._slice_bytes = slice_bytes
+        self.slice_bytes = slice_bytes
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="lane", daemon=True)
@@ -54,8 +54,10 @@ class ThreadLane:
     def run(self, work: Callable[[], object]) -> None:
         self._queue.put(lambda: self._attempt(work))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        for to, of in slices(target, source, self._slice_bytes):
+    def copy(self, target: Bytes, source: Bytes) -> None:
+        for to, of in slices(target, source, self.slice_bytes):
+            assert isinstance(to, torch.Tensor)
+            assert isinstance(of, torch.Tensor)
             self.run(functools.partial(to.copy_, of))
 
     def mark(self) -> ThreadMark:
