@@ -18,7 +18,7 @@ ALLOWED = {
     "machine": {"errors", "core"},
     "costmodel": {"errors", "core", "machine", "forest"},
     "forest": {"errors", "core"},
-    "forming": {"errors", "core", "forest"},
+    "forming": {"errors", "core", "config", "forest"},
     "messages": {"errors", "core", "config", "forming"},
     "shapes": {"core"},
     "memory": {"errors", "core"},
@@ -82,6 +82,7 @@ ALLOWED = {
     "api": {"errors", "core", "config", "tasks", "text", "checkpoint", "workers"},
     "cli": {
         "calibrate",
+        "forming",
         "errors",
         "core",
         "config",

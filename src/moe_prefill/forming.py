@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import AtomicRequest, EngineLimits
+from .config import Sharing
+from .core import AtomicRequest, EngineLimits, ModelSpec
 from .errors import RowError
-from .forest import SharingRule, common_prefixes, shared_tokens, sort_requests
+from .forest import SHARE_EVERYTHING, SHARE_NOTHING, SharingRule, common_prefixes, shared_tokens, sort_requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,3 +101,25 @@ def form_sweeps(
         tokens += new_tokens
         filled += new
     return sweeps
+
+
+def sharing_rule(spec: ModelSpec, sharing: Sharing) -> SharingRule:
+    """When sharing pays, from the shapes, in units of one token's linear work in one layer.
+
+    A merge reads and writes a few rows of H d channels in float32 and runs at the speed of memory, the linear work at
+    that of the matrix units: about 250 FLOPs a byte on Hopper GPUs (BF16 datasheet). A gathered key is one read
+    and one write of K and V.
+    """
+    if sharing == "off":
+        return SHARE_NOTHING
+    if sharing == "force":
+        return SHARE_EVERYTHING
+    q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    width = spec.top_k * spec.expert_size + spec.shared_size if spec.num_sparse_layers else spec.dense_size
+    linear = 2 * spec.hidden_size * (2 * q_width + 2 * kv_width) + 6 * spec.hidden_size * width
+    flops_per_byte = 250
+    return SharingRule(
+        min_saved=64,
+        merge_cost=16 * q_width * flops_per_byte / linear,
+        gather_cost=8 * kv_width * flops_per_byte / linear,
+    )

@@ -1,4 +1,4 @@
-"""Calibration on the CPU with the shapes of the demo model: what it writes and prints, and that it agrees with itself."""
+"""Calibration on the CPU with the demo model: what it writes, what it prints, and that it agrees with itself."""
 
 import json
 from pathlib import Path

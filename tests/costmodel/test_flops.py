@@ -174,3 +174,23 @@ def test_carried_rows_of_a_forest_are_found_as_runs(spec, seed, data):
     assert batch.carried.num_rows == len(carried)
     expected = sweep_flops(spec, forest.positions, forest.positions[carried], 3)
     assert batch_flops(spec, batch) == expected
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_batch_of_requests_costs_what_the_engine_says_it_did(seed):
+    """Candidates and vocabulary, duplicates and prefixes of one another, shared in full."""
+    rng = np.random.default_rng(seed)
+    converted = convert(random_model(FAMILIES[seed % 4], seed))
+    requests = []
+    for tokens in random_requests(seed, count=10):
+        ids = rng.integers(0, VOCAB, rng.integers(0, 4)).astype(np.int32)
+        asked, whole = np.r_[len(tokens) - 1].astype(np.int32), bool(rng.integers(2)) or not len(ids)
+        requests.append(AtomicRequest(tokens, asked, ids, np.r_[0, len(ids)].astype(np.int32), vocabulary=whole))
+    engine = engine_of(converted, sharing="force")
+    salts = engine.forming.salts(requests)
+    engine.score(requests)
+    assert engine.stats.sweeps == 1
+    batch = Batch.from_requests(requests, salts, SHARE_EVERYTHING, VOCAB)
+    assert batch.num_tokens == engine.stats.computed_tokens
+    assert batch_flops(converted.spec, batch) == engine.stats.flops
+    assert batch_flops(converted.spec, batch.times(3)) == 3 * engine.stats.flops

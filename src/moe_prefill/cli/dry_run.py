@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from ..config import EngineConfig
 from ..core import EngineLimits, PreparedRow
 from ..errors import RowError
 from ..jobs import check_columns
 from ..jobs.answers import error_column
 from ..jobs.tables import Table
 from ..tasks import Preview, Task, build_task
+from .job_time import predict_job
 from .progress import duration
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 3
 _SAMPLE_ROWS = 256
 _TAIL_TOKENS = 48  # of a context that is shown; its start is rarely in doubt
-_RATES = (1_000, 10_000, 100_000)  # tokens/s of the time table
 
 
 def show(request: Request, table: Table, tokenizer: Tokenizer) -> None:
@@ -37,6 +38,7 @@ def show(request: Request, table: Table, tokenizer: Tokenizer) -> None:
     for index, row in enumerate(prepared[:_SHOWN_ROWS]):
         _show_row(console, index, row, task, tokenizer)
     _show_size(console, table, prepared)
+    _show_time(console, request.engine, table.num_rows, prepared)
 
 
 def _limits(request: Request, tokenizer: Tokenizer) -> EngineLimits:
@@ -99,5 +101,27 @@ def _show_size(console: Console, table: Table, prepared: Sequence[PreparedRow | 
         f"{max(lengths):,}); about {total:,} tokens in all, before prefixes are shared",
         soft_wrap=True,
     )
-    times = ", ".join(f"{duration(total / rate)} at {rate:,} tokens/s" for rate in _RATES)
-    console.print(f"time: not known without a measured rate; {times}", soft_wrap=True)
+
+
+def _show_time(
+    console: Console, config: EngineConfig, num_rows: int, prepared: Sequence[PreparedRow | RowError]
+) -> None:
+    """The cost model's prediction for the sample, scaled to the table."""
+    requests = [request for row in prepared if isinstance(row, PreparedRow) for request in row.requests]
+    if not requests:
+        return
+    share = num_rows / len(prepared)
+    found = predict_job(config, requests, int(share))
+    if found is None:
+        console.print(
+            "time: nothing is known of this device's speed; run moe-prefill calibrate and give --profile FILE"
+        )
+        return
+    rate = sum(len(request.tokens) for request in requests) / found.sample_s
+    source = "estimated, not measured" if found.profile.is_estimated else f"measured {found.profile.date}"
+    where = f"{config.gpus} x {found.profile.gpu}" if config.gpus else found.profile.gpu
+    console.print(
+        f"time: about {duration(found.sample_s * share)} at {rate:,.0f} tokens/s ({where}, {source}); "
+        "sharing is counted within the sample; loading weights and waiting for banks are not",
+        soft_wrap=True,
+    )

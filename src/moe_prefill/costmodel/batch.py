@@ -6,13 +6,14 @@ of positions: its ancestors are all positions before it, and attention is exact 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ..core import Int64Array
-from ..forest import Forest
+from ..core import AtomicRequest, Int64Array
+from ..forest import Forest, SharingRule, build_forest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +92,28 @@ class Batch:
         requests = int(rows.count.sum())
         carried = Rows.of(rows.length - 1, 1, rows.count) if prune_last else rows
         return cls(rows, carried, requests, requests * head_rows_per_request)
+
+    def times(self, count: int) -> Batch:
+        """The same work ``count`` times over, nothing shared between the copies."""
+        rows, carried = (Rows(r.first, r.length, r.count * count) for r in (self.rows, self.carried))
+        return Batch(rows, carried, self.asked_rows * count, self.head_rows * count)
+
+    @classmethod
+    def from_requests(
+        cls, requests: Sequence[AtomicRequest], salts: Sequence[str], rule: SharingRule, vocab_size: int
+    ) -> Batch:
+        """One sweep of these requests: shared as ``rule`` says, every asked position carried and read once."""
+        forest = build_forest([request.tokens for request in requests], rule, salts)
+        counts = [len(request.positions) for request in requests]
+        owner, positions = np.repeat(np.arange(len(requests)), counts), np.concatenate([r.positions for r in requests])
+        asked = forest.rows_of(owner, positions.astype(np.int64))
+        vocabulary = np.repeat([request.vocabulary for request in requests], counts)
+        pairs_asked = np.concatenate([np.diff(request.id_offsets) for request in requests])
+        pairs = np.repeat(asked * vocab_size, pairs_asked) + np.concatenate([request.ids for request in requests])
+        few = np.unique(pairs[~np.repeat(vocabulary, pairs_asked)])  # (row, id) pairs asked by themselves
+        head_rows = len(np.unique(asked[vocabulary])) * vocab_size + len(few)
+        carried = np.unique(asked)
+        return cls.from_forest(forest, carried, asked_rows=len(carried), head_rows=head_rows)
 
     @classmethod
     def from_forest(cls, forest: Forest, carried: Int64Array, *, asked_rows: int, head_rows: int) -> Batch:

@@ -17,8 +17,7 @@ import torch
 from ..config import Sharing
 from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats
 from ..experts import BankSource
-from ..forest import SHARE_EVERYTHING, SHARE_NOTHING, SharingRule
-from ..forming import Forming
+from ..forming import Forming, sharing_rule
 from ..machine import datasheet_peak
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
@@ -58,6 +57,7 @@ class LocalEngine:
         device: torch.device,
         sharing: Sharing = "auto",
         prune_last: bool = True,
+        quantization: str | None = None,
         rounds: bool = False,
         on_layer: Callable[[], None] | None = None,
     ) -> None:
@@ -70,6 +70,7 @@ class LocalEngine:
         self._rule = sharing_rule(spec, sharing)
         self._sharing = sharing
         self._prune_last = prune_last
+        self._quantization = quantization
         self.rounds = rounds
         self._on_layer = on_layer
         self._stats = RunStats()
@@ -96,7 +97,8 @@ class LocalEngine:
     def peak_flops(self) -> float | None:
         if self._device.type != "cuda":
             return None
-        return datasheet_peak(torch.cuda.get_device_name(self._device), self._dtype_name())
+        precision = "float8" if self._quantization == "fp8" else self._dtype_name()
+        return datasheet_peak(torch.cuda.get_device_name(self._device), precision)
 
     @property
     def plan_digest(self) -> str:
@@ -104,6 +106,7 @@ class LocalEngine:
         facts = {
             "device": "cpu" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device),
             "dtype": self._dtype_name(),
+            "quantization": self._quantization,
             "torch": torch.__version__,
             "threads": torch.get_num_threads() if self._device.type == "cpu" else 0,
             "sharing": self._sharing,
@@ -199,28 +202,6 @@ class LocalEngine:
 
     def _dtype_name(self) -> str:
         return str(self._weights.embed.dtype).removeprefix("torch.")
-
-
-def sharing_rule(spec: ModelSpec, sharing: Sharing) -> SharingRule:
-    """When sharing pays, from the shapes, in units of one token's linear work in one layer.
-
-    A merge reads and writes a few rows of H d channels in float32 and runs at the speed of memory, the linear work at
-    that of the matrix units: about 250 FLOPs a byte on Hopper GPUs (BF16 datasheet). A gathered key is one read
-    and one write of K and V.
-    """
-    if sharing == "off":
-        return SHARE_NOTHING
-    if sharing == "force":
-        return SHARE_EVERYTHING
-    q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    width = spec.top_k * spec.expert_size + spec.shared_size if spec.num_sparse_layers else spec.dense_size
-    linear = 2 * spec.hidden_size * (2 * q_width + 2 * kv_width) + 6 * spec.hidden_size * width
-    flops_per_byte = 250
-    return SharingRule(
-        min_saved=64,
-        merge_cost=16 * q_width * flops_per_byte / linear,
-        gather_cost=8 * kv_width * flops_per_byte / linear,
-    )
 
 
 def _host(group: GroupOutput | None) -> dict[str, np.ndarray]:
