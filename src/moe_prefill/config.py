@@ -19,8 +19,10 @@ class EngineConfig:
     ``auto`` (share a prefix where it pays), ``off``, or ``force`` (every common token once, for tests).
     ``gpus`` is the number of worker processes, one a GPU (or a share of the CPU each; with ``device="cuda:I"`` all on
     that GPU); None: no process but this one. ``threads`` are those of each process.
+    ``quantization="fp8"`` stores the experts as float8 with a scale a row, quantised while loading.
     ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
-    ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``chunk_rows`` how many rows go through a
+    ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``transport`` how GPUs get each other's
+    parts of sharded banks; ``chunk_rows`` how many rows go through a
     layer at a time; ``profile`` is a file of rates that ``moe-prefill calibrate`` measured here, by which the plan
     chooses. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
     """
@@ -29,6 +31,7 @@ class EngineConfig:
     device: str = "auto"
     gpus: int | None = None
     dtype: str = "auto"
+    quantization: Literal["fp8"] | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = 0
     dummy_skew: float | None = None
@@ -41,6 +44,7 @@ class EngineConfig:
     threads: int | None = None
     residency: str | None = None
     prefetch_depth: int | None = None
+    transport: Literal["copy-engine", "nccl"] = "copy-engine"
     chunk_rows: int | None = None
     profile: str | None = None
     strategy: Strategy = "asyncep"
@@ -49,12 +53,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
+            ("quantization", (None, "fp8")),
             ("load_format", ("safetensors", "dummy")),
             ("sharing", ("auto", "off", "force")),
             ("strategy", get_args(Strategy)),
+            ("transport", ("copy-engine", "nccl")),
         ):
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}")
         for name in (
             "max_sweep_tokens",
             "memory_gib",

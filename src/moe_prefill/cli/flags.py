@@ -48,6 +48,7 @@ ENGINE_FLAGS = {
         help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE
     ),
     "dtype": Flag(help="auto, float32 or bfloat16.", panel=_ENGINE),
+    "quantization": Flag(help="fp8: store the experts in 8 bits, with a scale a row.", panel=_ENGINE),
     "load_format": Flag(help="dummy makes random weights, for speed tests.", panel=_ENGINE),
     "seed": Flag(help="Seed of dummy weights.", panel=_ENGINE),
     "dummy_skew": Flag(help="How unevenly dummy routers choose experts.", panel=_ENGINE),
@@ -63,6 +64,11 @@ ENGINE_FLAGS = {
         panel=_ENGINE,
     ),
     "prefetch_depth": Flag(help="Banks that fill ahead of the one in use.", panel=_ENGINE),
+    "transport": Flag(
+        help="How GPUs get each other's parts of sharded banks: copy-engine, or nccl for comparison and for GPUs "
+        "without peer access.",
+        panel=_ENGINE,
+    ),
     "chunk_rows": Flag(help="Rows that go through a layer at a time.", panel=_ENGINE),
     "profile": Flag(help="Rates of this machine, from moe-prefill calibrate.", metavar="FILE", panel=_ENGINE),
     "strategy": Flag(help="How GPUs share the model: asyncep, or dp+ep, dp+tp, tp+ep, tp+tp, pp+pp.", panel=_ENGINE),

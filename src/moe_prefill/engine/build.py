@@ -36,7 +36,15 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     spec, _ = open_model(config.model, config.load_format, config.num_layers)
     dtype = pick_dtype(config.dtype, spec, device)
     plan = plan_within(config, spec, dtype, agreed_budget(rank_budget(config, device, ranks.size), ranks))
-    banks = BankMemory(spec, plan.levels, dtype=dtype, device=device, buffers=plan.bank_buffers)
+    banks = BankMemory(
+        spec,
+        plan.levels,
+        dtype=getattr(torch, plan.bank_dtype),
+        device=device,
+        buffers=plan.bank_buffers,
+        ranks=ranks,
+        transport=config.transport,
+    )
     spec, weights, _ = load_weights(
         config.model,
         device=device,
@@ -56,7 +64,8 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         device=device,
         sharing=config.sharing,
         prune_last=config.prune_last,
-        rounds=ranks.size > 1 and "hybrid" in plan.levels,
+        quantization=config.quantization,
+        rounds=banks.in_rounds,
         on_layer=None if layers_done is None else LayerCounter(layers_done, device),
     )
 
@@ -67,7 +76,12 @@ def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budge
     profile = None
     if config.profile is not None:
         profile = load_profile(config.profile, torch.cuda.get_device_name() if budget.kind == "cuda" else "cpu")
-    return plan_for(config, spec, budget, dtype=name, bank_dtype=name, profile=profile)
+    return plan_for(config, spec, budget, dtype=name, bank_dtype=bank_dtype(config, name), profile=profile)
+
+
+def bank_dtype(config: EngineConfig, dtype: str) -> str:
+    """How experts are stored; the other weights are in ``dtype``."""
+    return "float8_e4m3fn" if config.quantization == "fp8" else dtype
 
 
 def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:

@@ -69,7 +69,7 @@ class Decoder:
         assert bank is not None, "a sparse layer needs its expert bank"
         weights, ids = self.route(layer.ffn, normed)
         base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
-        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base)
+        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, bank.scales)
 
     def route(self, weights: MoeWeights, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids [T, K] of the experts of normed rows."""

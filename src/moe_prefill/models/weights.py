@@ -14,10 +14,20 @@ from ..core import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """All routed experts of one layer: ``gate_up`` [E, 2I, D] and ``down`` [E, D, I]."""
+    """All routed experts of one layer: ``gate_up`` [E, 2I, D] and ``down`` [E, D, I]; float8 ones with float32 scales
+    a row.
+    """
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    gate_up_scale: torch.Tensor | None = None  # [E, 2I]
+    down_scale: torch.Tensor | None = None  # [E, D]
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.gate_up_scale is None or self.down_scale is None:
+            return None
+        return self.gate_up_scale, self.down_scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,33 @@
 
 from .attention import Spans, attention
 from .experts import combine, experts
-from .grouped import grouped_mm
+from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
 from .merge import merge_
+from .quantize import FLOAT8, dequantize, quantize_rows, swiglu_quantize
 from .rms_norm import rms_norm
 from .rope import head_norm_rope, rope_tables
 from .router import route
 from .swiglu import swiglu
 
 __all__ = [
+    "FLOAT8",
     "Spans",
     "attention",
     "candidate_logits",
     "combine",
+    "dequantize",
     "experts",
     "grouped_mm",
+    "has_float8",
     "head_norm_rope",
     "merge_",
+    "quantize_rows",
     "rms_norm",
     "rope_tables",
     "route",
+    "scaled_grouped_mm",
     "swiglu",
+    "swiglu_quantize",
     "vocabulary_scores",
 ]

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .backend import use_triton
-from .grouped import grouped_mm
+from .grouped import grouped_mm, scaled_grouped_mm
+from .quantize import quantize_rows, swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
 
 
@@ -36,6 +37,7 @@ def experts(
     gate_up_E2ID: torch.Tensor,
     down_EDI: torch.Tensor,
     residual_TD: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     num_rows: int | None = None,
 ) -> torch.Tensor:
@@ -43,7 +45,8 @@ def experts(
 
     Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each
     came from. Where only some of the T K ids are in this bank, ``num_rows`` says how many; the others are E or more,
-    cost nothing and add nothing.
+    cost nothing and add nothing. Float8 matrices come with ``scales`` float32 ([E, 2I], [E, D]); activations are then
+    quantised too, before they are gathered and again after the gated activation.
     """
     num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
     sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
@@ -53,12 +56,24 @@ def experts(
         slot_of_row = slot_of_row[:num_rows]
         weights_TK = weights_TK.masked_fill(ids_TK >= num_experts, 0.0)
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=x_TD.device), right=True, out_int32=True)
-    rows_RD = x_TD.index_select(0, slot_of_row // top_k)
-    hidden_RI = swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends))
-    out_RD = grouped_mm(hidden_RI, down_EDI, ends)
+    token_of_row = slot_of_row // top_k
+    if scales is None:
+        rows_RD = x_TD.index_select(0, token_of_row)
+        out_RD = grouped_mm(swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends)), down_EDI, ends)
+    else:
+        values_TD, scale_T = quantize_rows(x_TD)
+        rows_RD, scale_R = _gather_bytes(values_TD, token_of_row), scale_T.index_select(0, token_of_row)
+        both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], ends, x_TD.dtype)
+        hidden_RI, scale_R = swiglu_quantize(both_R2I)
+        out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], ends, x_TD.dtype)
     row_of_slot = torch.zeros_like(sorted_ids, dtype=torch.int64)  # an id elsewhere reads row 0 with weight 0
     row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=x_TD.device)
     return combine(out_RD, row_of_slot.view(-1, top_k), weights_TK, residual_TD)
+
+
+def _gather_bytes(values_TD: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``index_select`` of float8 rows, which torch does not have for the type itself."""
+    return values_TD.view(torch.uint8).index_select(0, rows).view(values_TD.dtype)
 
 
 def ref_combine(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import triton_enabled
+from .quantize import FLOAT8
 
 
 def ref_grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Te
     assert len(ends_E) == len(weight_ENC), (ends_E.shape, weight_ENC.shape)
     if not rows_RC.is_cuda:
         return ref_grouped_mm(rows_RC, weight_ENC, ends_E)
-    if rows_RC.dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC):
+    if rows_RC.dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 8):
         return F.grouped_mm(rows_RC, weight_ENC.transpose(1, 2), offs=ends_E)
     if triton_enabled():
         from .kernels.grouped import grouped_mm_kernel
@@ -40,6 +41,41 @@ def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Te
     return ref_grouped_mm(rows_RC, weight_ENC, ends_E)
 
 
-def _aligned(rows_RC: torch.Tensor, weight_ENC: torch.Tensor) -> bool:
-    """torch's grouped matmul wants rows of 16 bytes."""
-    return rows_RC.shape[1] % 8 == 0 and weight_ENC.shape[1] % 8 == 0
+def scaled_grouped_mm(
+    rows_RC: torch.Tensor,
+    row_scale_R: torch.Tensor,
+    weight_ENC: torch.Tensor,
+    weight_scale_EN: torch.Tensor,
+    ends_E: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The grouped product of float8 rows and float8 matrices, each with a float32 scale a row; [R, N] in ``dtype``.
+
+    On a GPU with float8 units torch's row-wise scaled grouped matmul; elsewhere values are widened, which gives the
+    same products summed in another order.
+    """
+    assert rows_RC.dtype == weight_ENC.dtype == FLOAT8, (rows_RC.dtype, weight_ENC.dtype)
+    if rows_RC.is_cuda and has_float8(rows_RC.device) and dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 16):
+        out: torch.Tensor = torch.ops.aten._scaled_grouped_mm(
+            rows_RC,
+            weight_ENC.transpose(1, 2),
+            row_scale_R,
+            weight_scale_EN,
+            ends_E,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+        return out
+    out = grouped_mm(rows_RC.float(), weight_ENC.float(), ends_E)
+    expert_R = torch.searchsorted(ends_E, torch.arange(len(out), device=out.device, dtype=ends_E.dtype), right=True)
+    return out.mul_(row_scale_R.unsqueeze(-1)).mul_(weight_scale_EN.index_select(0, expert_R)).to(dtype)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8 matrices with row-wise scales in groups (Hopper and later)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _aligned(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, elements: int) -> bool:
+    """torch's grouped matmuls want rows of 16 bytes, which are so many ``elements``."""
+    return rows_RC.shape[1] % elements == 0 and weight_ENC.shape[1] % elements == 0

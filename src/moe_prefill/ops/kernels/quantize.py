@@ -1,0 +1,74 @@
+"""Rows to float8 with a scale each, alone or after the gated activation, in one pass. R rows, C or F channels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _store_row(values, inside, out_ptr, scale_ptr, row, column, width, LEAST: tl.constexpr, MOST: tl.constexpr):
+    amax = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
+    scale = amax / MOST
+    scaled = tl.minimum(tl.maximum(values / scale, -MOST), MOST)
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * width + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, row_stride, C, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    _store_row(values, inside, out_ptr, scale_ptr, row, column, C, LEAST, MOST)
+
+
+@triton.jit
+def _swiglu_quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, row_stride, F, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    kind = x_ptr.dtype.element_ty
+    gate = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * row_stride + F + column, mask=inside, other=0.0).to(tl.float32)
+    # Rounded where the plain version rounds, so that both quantise the same numbers.
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    values = (silu * up).to(kind).to(tl.float32)
+    _store_row(values, inside, out_ptr, scale_ptr, row, column, F, LEAST, MOST)
+
+
+def quantize_rows_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, C], contiguous, and float32 scales [R]; channels of ``x`` are adjacent."""
+    R, C = x_RC.shape
+    out, scale = _outputs(x_RC, R, C)
+    if R:
+        _quantize_kernel[(R,)](x_RC, out, scale, x_RC.stride(0), C, **_constants(C))
+    return out, scale
+
+
+def swiglu_quantize_kernel(gate_up_R2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, F] of ``silu(gate) * up`` and float32 scales [R]."""
+    R, F = gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2
+    assert gate_up_R2F.stride(1) == 1, gate_up_R2F.stride()
+    out, scale = _outputs(gate_up_R2F, R, F)
+    if R:
+        _swiglu_quantize_kernel[(R,)](gate_up_R2F, out, scale, gate_up_R2F.stride(0), F, **_constants(F))
+    return out, scale
+
+
+def _outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    return values, torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _constants(width: int) -> dict[str, float | int]:
+    from ..quantize import FLOAT8_MAX, LEAST_AMAX
+
+    block = triton.next_power_of_2(width)
+    return {"LEAST": LEAST_AMAX, "MOST": FLOAT8_MAX, "BLOCK": block, "num_warps": max(1, min(8, block // 512))}
