@@ -97,6 +97,7 @@ ALLOWED = {
         "engine",
         "workers",
         "models",
+        "strategies",
     },
     "__init__": {"api"},
 }

@@ -22,15 +22,15 @@ def show_asyncep(options: PlanOptions, spec: ModelSpec, plan: ResidencyPlan, for
     if plan.peak_host_bytes:
         limit = None if options.config.host_gib is None else plan.budget.host_bytes
         show_bytes_table(console, plan.host_bytes, limit, "host memory for each GPU")
-    _say(console, "residency", plan.map)
-    _say(console, "", _levels(plan))
-    _say(
+    say(console, "residency", plan.map)
+    say(console, "", _levels(plan))
+    say(
         console,
         "sweep",
         f"{plan.sweep.max_sweep_tokens:,} tokens, chunks of {plan.sweep.chunk_rows:,} rows; longest request "
         f"{plan.longest_request:,} tokens",
     )
-    _say(
+    say(
         console,
         "largest",
         f"{plan.largest_sweep_tokens:,} tokens at these levels, {plan.largest_streamed_tokens:,} if all banks stream "
@@ -53,19 +53,19 @@ def _show_forecast(console: Console, options: PlanOptions, plan: ResidencyPlan, 
     profile, sweep, t = forecast.profile, forecast.sweep, forecast.saturation
     tokens = plan.sweep.max_sweep_tokens
     source = "estimated from its datasheet, not measured" if profile.is_estimated else f"measured {profile.date}"
-    _say(console, "predicted", f"{profile.gpu} ({source}), requests of {options.tokens_per_request:,} tokens")
-    _say(
+    say(console, "predicted", f"{profile.gpu} ({source}), requests of {options.tokens_per_request:,} tokens")
+    say(
         console,
         "",
         f"a sweep takes {sweep.sweep_s:.2f} s, {sweep.exposed_s * 1e3:.1f} ms of them waiting for banks (the first "
         f"{sweep.exposed_first_s * 1e3:.1f} ms): {tokens / sweep.sweep_s:,.0f} tokens/s a GPU",
     )
     if t is None:
-        _say(console, "T", str(forecast.unsaturated))
+        say(console, "T", str(forecast.unsaturated))
         return
     reached = "reached" if tokens >= t.tokens else "NOT reached by the planned sweep"
     paper = f"; t_paper {t.t_paper:.3g} FLOPs" if t.t_paper else ""
-    _say(console, "T", f"{t.flops:.3g} FLOPs, {t.tokens:,} tokens: {reached}{paper}")
+    say(console, "T", f"{t.flops:.3g} FLOPs, {t.tokens:,} tokens: {reached}{paper}")
 
 
 def show_head(console: Console, options: PlanOptions, spec: ModelSpec, types: str) -> None:
@@ -89,5 +89,6 @@ def show_bytes_table(console: Console, sizes: Mapping[str, int], limit: int | No
     console.print(table)
 
 
-def _say(console: Console, name: str, text: str) -> None:
+def say(console: Console, name: str, text: str) -> None:
+    """One line under a name."""
     console.print(Text(f"{name:<11}{text}"), soft_wrap=True)
