@@ -41,7 +41,7 @@ def machine_profile(host: float = 1e9, **changes) -> MachineProfile:
         "gemm": ramp,
         "grouped": ramp,
         "attention": ramp,
-        "elementwise": Curve((1, 1000), (1e9, 1e10)),
+        "elementwise": dict.fromkeys(("float32", "bfloat16"), Curve((1, 1000), (1e9, 1e10))),
         "memory_bandwidth": 1e10,
         "layer_overhead_s": 1e-6,
         "transfers": {"host": host, "copy-engine": 4 * host, "nccl": 3 * host, "local": 1e10},

@@ -72,7 +72,7 @@ def test_a_profile_of_another_gpu_is_refused(tmp_path):
         ({"gemm": {"float32": {"sizes": [2, 1], "rates": [1, 1]}}}, "do not ascend"),
         ({"gemm": {"float32": [1, 2]}}, "damaged"),
         ({"gemm": None}, "damaged"),
-        ({"elementwise": {"sizes": [1], "rates": [float("nan")]}}, "not positive"),
+        ({"elementwise": {"float32": {"sizes": [1], "rates": [float("nan")]}}}, "not positive"),
         ({"transfers": {"pigeon": 1.0}}, "transport 'pigeon' is not one of host"),
         ({"transfers": {"host": 0}}, "host is 0; it must be a positive number"),
         ({"memory_bandwidth": "fast"}, "memory_bandwidth is 'fast'"),
@@ -131,6 +131,9 @@ def test_an_estimate_for_hopper_is_near_what_was_measured_there():
     profile = estimated_profile("NVIDIA H200")
     assert 600e12 < profile.rates("gemm", "bfloat16").at(8192) < 764e12
     assert 500e12 < profile.rates("grouped", "bfloat16").at(1024) < 650e12
+    assert 850e12 < profile.rates("grouped", "float8").at(1024) < 925e12
+    assert profile.rates("attention", "float8") == profile.rates("attention", "bfloat16")
+    assert profile.rates("gemm", "float8") == profile.rates("gemm", "bfloat16")
     assert 300e12 < profile.rates("attention", "float8").at(4096) < 360e12
     assert 50e9 < profile.bandwidth("host") < 55e9
     assert 360e9 < profile.bandwidth("copy-engine") < 394e9

@@ -106,7 +106,7 @@ def test_predictions_add_up_and_grow_with_the_batch(tokens, per_request, prune, 
 
 
 def test_a_precision_that_was_not_measured_is_refused():
-    with pytest.raises(UsageError, match="no float8 rate for gemm, only float32, bfloat16"):
+    with pytest.raises(UsageError, match="no float8 rate for grouped, only float32, bfloat16"):
         predict_sweep(model_spec(), Batch.uniform(10, 10), machine_profile(), precision="float8")
 
 
@@ -146,7 +146,7 @@ def test_uniform_streaming_is_the_papers_equation_times_the_layers():
     """Where everything runs at one rate and no layer is cut short, T is the paper's, up to one token's FLOPs."""
     rate = {"float32": Curve.constant(2e9)}
     one_rate = {"gemm": rate, "grouped": rate, "attention": rate}
-    free = {"elementwise": Curve.constant(1e30), "memory_bandwidth": 1e30, "layer_overhead_s": 0.0}
+    free = {"elementwise": {"float32": Curve.constant(1e30)}, "memory_bandwidth": 1e30, "layer_overhead_s": 0.0}
     spec, profile = model_spec(((True, None),) * 12), machine_profile(**one_rate, **free)
     found = saturation(spec, profile, levels=["offloaded"] * 12, prune_last=False, **SATURATION)
     paper = 1.2 * (BANK / 1e9) * 2e9 * 12

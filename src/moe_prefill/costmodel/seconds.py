@@ -29,14 +29,14 @@ def layer_seconds(
     grouped = profile.rates("grouped", precision).at(max(1, rows) * spec.top_k / spec.num_experts)
     seconds["experts"] = _roofline(work["experts"], grouped, profile)
     seconds["attention"] = _attention_seconds(spec, index, carried, profile, precision, work["attention"])
-    moving = work["elementwise"].bytes / profile.elementwise.at(tokens)
+    moving = work["elementwise"].bytes / profile.rates("elementwise", precision).at(tokens)
     seconds["elementwise"] = moving + profile.layer_overhead_s
     return seconds
 
 
 def head_seconds(spec: ModelSpec, batch: Batch, profile: MachineProfile, precision: str) -> float:
-    """The LM head, which is never quantised."""
-    rate = profile.rates("gemm", "bfloat16" if precision == "float8" else precision).at(max(1, batch.asked_rows))
+    """Reading the LM head."""
+    rate = profile.rates("gemm", precision).at(max(1, batch.asked_rows))
     return _roofline(head_work(spec, batch, precision), rate, profile)
 
 

@@ -16,8 +16,8 @@ from .flops import LayerFlops, carried_rows, head_flops, layer_flops
 Part = Literal["qkv", "attention", "out", "router", "experts", "dense", "elementwise"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}  # of one element, by precision of the products
-ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float8": 2}
+EXPERT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}  # of an element of the experts' weights and inputs
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float8": 2}  # of all other elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ NOTHING = Work(0, 0)
 
 
 def layer_work(spec: ModelSpec, index: int, batch: Batch, precision: str) -> dict[Part, Work]:
-    """Every part of layer ``index``; a part that the layer lacks is NOTHING. ``precision`` is that of the products."""
+    """Every part of layer ``index``; a part that the layer lacks is NOTHING. ``precision`` is that of the experts."""
     flops, carried = layer_flops(spec, index), carried_rows(spec, index, batch)
     window, tokens, rows = spec.layers[index].window, batch.num_tokens, carried.num_rows
     d_model, q_width, kv_width = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    a, w = ACTIVATION_BYTES[precision], WEIGHT_BYTES[precision]
-    qkv = a * (tokens * (d_model + 2 * kv_width) + rows * (d_model + q_width)) + w * d_model * (q_width + 2 * kv_width)
+    a, e = ACTIVATION_BYTES[precision], EXPERT_BYTES[precision]
+    qkv = tokens * (d_model + 2 * kv_width) + rows * (d_model + q_width) + d_model * (q_width + 2 * kv_width)
     return {
-        "qkv": Work(flops.keys_values * tokens + flops.queries * rows, qkv),
+        "qkv": Work(flops.keys_values * tokens + flops.queries * rows, a * qkv),
         "attention": attention_work(spec, flops, carried, window, a),
-        "out": Work(flops.output * rows, a * rows * (q_width + d_model) + w * q_width * d_model),
-        **_feed_forward(spec, flops, rows, a, w),
+        "out": Work(flops.output * rows, a * (rows * (q_width + d_model) + q_width * d_model)),
+        **_feed_forward(spec, flops, rows, a, e),
         "elementwise": Work(0, _elementwise(spec, index, batch, carried, precision)),
     }
 
@@ -59,31 +59,31 @@ def attention_work(spec: ModelSpec, flops: LayerFlops, rows: Rows, window: int |
 
 
 def head_work(spec: ModelSpec, batch: Batch, precision: str) -> Work:
-    """The LM head rows that are asked; it is never quantised, and logits are float32."""
+    """The LM head rows that are asked; logits are float32."""
     element = ACTIVATION_BYTES[precision]
     read = min(batch.head_rows, spec.vocab_size) * spec.hidden_size + batch.asked_rows * spec.hidden_size
     return Work(head_flops(spec, batch), element * read + 4 * batch.head_rows)
 
 
-def _feed_forward(spec: ModelSpec, flops: LayerFlops, rows: int, a: int, w: int) -> dict[Part, Work]:
+def _feed_forward(spec: ModelSpec, flops: LayerFlops, rows: int, a: int, e: int) -> dict[Part, Work]:
     d_model = spec.hidden_size
     width = spec.shared_size if flops.experts else spec.dense_size
-    dense = Work(flops.dense * rows, a * rows * (2 * d_model + 3 * width) + w * 3 * d_model * width)
+    dense = Work(flops.dense * rows, a * (rows * (2 * d_model + 3 * width) + 3 * d_model * width))
     if not flops.experts:
         return {"router": NOTHING, "experts": NOTHING, "dense": dense}
     router = Work(flops.router * rows, a * (rows * (d_model + spec.num_experts) + d_model * spec.num_experts))
     touched = min(rows * spec.top_k, spec.num_experts) * 3 * spec.expert_size * d_model
-    moved = a * rows * spec.top_k * (2 * d_model + 3 * spec.expert_size)
+    moved = rows * spec.top_k * (e * (d_model + spec.expert_size) + a * (2 * spec.expert_size + d_model))
     return {
         "router": router,
-        "experts": Work(flops.experts * rows, moved + w * touched),
+        "experts": Work(flops.experts * rows, moved + e * touched),
         "dense": dense if width else NOTHING,
     }
 
 
 def _elementwise(spec: ModelSpec, index: int, batch: Batch, carried: Rows, precision: str) -> int:
     """Norms, rotation, residuals, merges, routing, sort, gather, SwiGLU, combine and, for float8, quantisation."""
-    a, d_model = ACTIVATION_BYTES[precision], spec.hidden_size
+    a, e, d_model = ACTIVATION_BYTES[precision], EXPERT_BYTES[precision], spec.hidden_size
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     tokens, rows = batch.num_tokens, carried.num_rows
     keys = a * tokens * (2 * d_model + 2 * kv_width)  # norm, rotated keys
@@ -93,10 +93,9 @@ def _elementwise(spec: ModelSpec, index: int, batch: Batch, carried: Rows, preci
     sparse = spec.layers[index].sparse
     top_k, width = (spec.top_k, spec.expert_size) if sparse else (0, 0)
     wide = spec.shared_size if sparse else spec.dense_size
-    routed = rows * top_k * (a * (2 * d_model + 3 * width + d_model) + 64)  # gather, SwiGLU, combine; 8-byte sort keys
-    routed += rows * (12 * spec.num_experts + a * 2 * d_model) if sparse else 0  # softmax, top-k; combine's residual
+    # Gather, SwiGLU, combine and 8-byte sort keys; then softmax, top-k, and combine's residual.
+    routed = rows * top_k * (e * (2 * d_model + width) + a * (2 * width + d_model) + 64)
+    routed += rows * (12 * spec.num_experts + a * 2 * d_model) if sparse else 0
     other = rows * a * 3 * (wide + d_model) if wide else 0
-    total = keys + queries + merges + routed + other
-    if precision == "float8":  # two bytes read, one written, of each product's input
-        total += 3 * (tokens * d_model + rows * (d_model + q_width + top_k * (d_model + width) + d_model + wide))
-    return total
+    quantised = rows * (a + e) * d_model if sparse and e < a else 0
+    return keys + queries + merges + routed + other + quantised

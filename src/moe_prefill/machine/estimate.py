@@ -11,10 +11,7 @@ from .profile import MachineProfile
 
 # Fractions of the datasheet, measured on one H200 (torch 2.11, 2026-11-24): sustained products rather than the first
 # ones (power), grouped products at Qwen3-30B and -235B shapes averaged, FlashAttention 2 for packed sequences.
-_GEMM = {
-    "bfloat16": Curve.of([(128, 0.15), (1024, 0.50), (8192, 0.70)]),
-    "float8": Curve.of([(128, 0.10), (1024, 0.40), (8192, 0.62)]),
-}
+_GEMM = Curve.of([(128, 0.15), (1024, 0.50), (8192, 0.70)])
 _GROUPED = {
     "bfloat16": Curve.of([(32, 0.11), (256, 0.45), (1024, 0.61), (4096, 0.66)]),
     "float8": Curve.of([(32, 0.06), (256, 0.28), (1024, 0.45), (4096, 0.52)]),
@@ -50,7 +47,7 @@ def estimated_profile(gpu: str) -> MachineProfile:
         links |= {"copy-engine": _PULL * sheet.peer, "nccl": _NCCL * sheet.peer}
     return _profile(
         gpu,
-        gemm=plain | {p: _GEMM[p].scaled(sheet.flops[p]) for p in narrow},
+        gemm=plain | {"bfloat16": _GEMM.scaled(sheet.flops["bfloat16"])},
         grouped=plain | {p: _GROUPED[p].scaled(sheet.flops[p]) for p in narrow},
         attention=plain | {"bfloat16": _ATTENTION.scaled(sheet.flops["bfloat16"])},
         memory=sheet.memory,
@@ -88,7 +85,7 @@ def _profile(
         gemm=gemm,
         grouped=grouped,
         attention=attention,
-        elementwise=Curve.constant(_ELEMENTWISE * memory),
+        elementwise={precision: Curve.constant(_ELEMENTWISE * memory) for precision in grouped},
         memory_bandwidth=_COPY * memory,
         layer_overhead_s=_LAYER_OVERHEAD_S,
         transfers=transfers,

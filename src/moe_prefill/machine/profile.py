@@ -15,7 +15,8 @@ from .datasheet import datasheet_peak
 
 FORMAT_VERSION = 1
 
-Precision = Literal["float32", "bfloat16", "float8"]  # of the matrix products
+Precision = Literal["float32", "bfloat16", "float8"]  # float8: of the experts, beside a wider type for the rest
+Kind = Literal["gemm", "grouped", "attention", "elementwise"]
 Transport = Literal["host", "copy-engine", "nccl", "local"]
 
 
@@ -40,7 +41,7 @@ class MachineProfile:
     gemm: Mapping[str, Curve]
     grouped: Mapping[str, Curve]
     attention: Mapping[str, Curve]
-    elementwise: Curve
+    elementwise: Mapping[str, Curve]
     memory_bandwidth: float
     layer_overhead_s: float
     transfers: Mapping[str, float]
@@ -49,17 +50,19 @@ class MachineProfile:
     is_estimated: bool = False
     version: int = FORMAT_VERSION
 
-    def rates(self, kind: Literal["gemm", "grouped", "attention"], precision: str) -> Curve:
-        """The curve of an operation; attention beside float8 products runs in bfloat16.
+    def rates(self, kind: Kind, precision: str) -> Curve:
+        """The curve of an operation; beside float8 experts, projections and attention run in the wider type.
 
         UsageError: this precision was not measured.
         """
         curves: Mapping[str, Curve] = getattr(self, kind)
-        wanted = "bfloat16" if kind == "attention" and precision == "float8" else precision
+        wanted = precision
+        if precision == "float8" and kind in ("gemm", "attention"):
+            wanted = "bfloat16" if "bfloat16" in curves else "float32"
         if wanted not in curves:
             raise UsageError(
                 f"the profile of {self.gpu} has no {wanted} rate for {kind}, only {', '.join(curves) or 'none'}; run "
-                f"moe-prefill calibrate with that precision"
+                "moe-prefill calibrate with that --dtype or --quantization"
             )
         return curves[wanted]
 
@@ -135,12 +138,12 @@ def _from_json(raw: dict[str, Any]) -> MachineProfile:
         if transport not in get_args(Transport):
             raise ValueError(f"transport {transport!r} is not one of {', '.join(get_args(Transport))}")
         _positive(transport, rate)
-    curves = {kind: {p: _curve(c) for p, c in raw[kind].items()} for kind in ("gemm", "grouped", "attention")}
+    curves = {kind: {p: _curve(c) for p, c in raw[kind].items()} for kind in get_args(Kind)}
     for kind, by_precision in curves.items():
         for precision in by_precision:
             if precision not in get_args(Precision):
                 raise ValueError(f"{kind}: precision {precision!r} is not one of {', '.join(get_args(Precision))}")
-    return MachineProfile(**{**raw, **curves, "elementwise": _curve(raw["elementwise"])})
+    return MachineProfile(**{**raw, **curves})
 
 
 def _curve(raw: dict[str, Any]) -> Curve:
