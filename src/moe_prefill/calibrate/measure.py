@@ -51,26 +51,31 @@ def calibrate(
     *,
     model: str,
     command: str,
+    float8: bool = False,
     grid: Grid | None = None,
     progress: Progress = lambda step: None,
 ) -> MachineProfile:
-    """Measure this device with one layer of a model, in ``dtype``. Takes memory for that layer and two of its banks.
+    """Measure this device with one layer of a model in ``dtype``, and with ``float8`` also with its experts in that.
+    Takes memory for that layer and three of its banks.
 
-    UsageError: the model has no experts. PlanError: host memory for a bank cannot be pinned.
+    Chunks, fixed time and transfers are those of the narrowest experts. UsageError: the model has no experts.
+    PlanError: host memory for a bank cannot be pinned.
     """
     grid = grid or Grid.of(device)
     with torch.inference_mode():
         bench = LayerBench(spec, device, dtype, grid.budget_s)
         profile = _products(bench, grid, progress, model=model, command=command)
-        progress("rows that go through a layer together")
-        profile = replace(profile, choices={"chunk_rows": _best_chunk(bench, grid)})
-        progress("whole layers")
-        profile = _whole_layers(bench, grid, profile)
+        profile = _whole_layers(bench, grid, profile, progress)
+        if float8:
+            bench = LayerBench(spec, device, dtype, grid.budget_s, float8=True)
+            profile = replace(profile, grouped={**profile.grouped, bench.precision: _grouped(bench, grid, progress)})
+            profile = _whole_layers(bench, grid, profile, progress)
         del bench
     if device.type == "cuda":
         torch.cuda.empty_cache()
     progress("transfers")
-    return replace(profile, transfers=measure_transfers(device, profile.bank_bytes))
+    size = bank_bytes(spec, "float8_e4m3fn" if float8 else str(dtype).removeprefix("torch."))
+    return replace(profile, bank_bytes=size, transfers=measure_transfers(device, size))
 
 
 def device_name(device: torch.device) -> str:
@@ -80,12 +85,10 @@ def device_name(device: torch.device) -> str:
 
 def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, command: str) -> MachineProfile:
     """Everything that is measured on its own; the rest is still to be filled."""
-    spec, kind = bench.spec, bench.device.type
+    kind = bench.device.type
     progress("matrix products")
     gemm = curve([(rows, bench.gemm(rows)) for rows in grid.rows])
-    progress("expert products")
-    per_expert = spec.top_k / spec.num_experts
-    grouped = curve([(rows * per_expert, bench.grouped(rows)) for rows in grid.rows])
+    grouped = _grouped(bench, grid, progress)
     progress("attention")
     longest = max(grid.rows)
     attention = curve([(length, bench.attention(length, longest)) for length in grid.lengths])
@@ -101,12 +104,37 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
         gemm={bench.precision: gemm},
         grouped={bench.precision: grouped},
         attention={bench.precision: attention},
-        elementwise=Curve.constant(memory),
+        elementwise={},
         memory_bandwidth=memory,
         layer_overhead_s=0.0,
         transfers={},
-        bank_bytes=bank_bytes(spec, bench.precision),
+        bank_bytes=0,
     )
+
+
+def _grouped(bench: LayerBench, grid: Grid, progress: Progress) -> Curve:
+    progress(f"{bench.precision} expert products")
+    per_expert = bench.spec.top_k / bench.spec.num_experts
+    return curve([(rows * per_expert, bench.grouped(rows)) for rows in grid.rows])
+
+
+def _whole_layers(bench: LayerBench, grid: Grid, profile: MachineProfile, progress: Progress) -> MachineProfile:
+    """The best chunk, the fixed time of a layer, then what elementwise work reaches beside the products measured
+    alone.
+    """
+    precision = bench.precision
+    progress(f"rows that go through a {precision} layer together")
+    at_once = {**profile.elementwise, precision: Curve.constant(profile.memory_bandwidth)}
+    profile = replace(
+        profile, choices={"chunk_rows": _best_chunk(bench, grid)}, elementwise=at_once, layer_overhead_s=0.0
+    )
+    progress(f"whole {precision} layers")
+    least_s = sum(layer_seconds(bench.spec, 0, layer_batch(_FEW_ROWS), profile, precision).values())
+    overhead_s = max(0.0, bench.layer(_FEW_ROWS, profile.chunk_rows) - least_s)
+    profile = replace(profile, layer_overhead_s=overhead_s)
+    sizes = sorted({*(rows for rows in grid.rows if rows > _FEW_ROWS), profile.chunk_rows})
+    fitted = curve([(rows, bench.elementwise(profile, rows)) for rows in sizes])
+    return replace(profile, elementwise={**profile.elementwise, precision: fitted})
 
 
 def _best_chunk(bench: LayerBench, grid: Grid) -> int:
@@ -115,16 +143,6 @@ def _best_chunk(bench: LayerBench, grid: Grid) -> int:
     taken_s = {chunk: bench.layer(tokens, chunk) for chunk in sorted(grid.chunks)}
     best = min(taken_s.values())
     return next(chunk for chunk, each in taken_s.items() if _SAME * each <= best)
-
-
-def _whole_layers(bench: LayerBench, grid: Grid, profile: MachineProfile) -> MachineProfile:
-    """The fixed time of a layer, then what its elementwise work reaches beside the products measured alone."""
-    parts = layer_seconds(bench.spec, 0, layer_batch(_FEW_ROWS), profile, bench.precision)
-    profile = replace(
-        profile, layer_overhead_s=max(0.0, bench.layer(_FEW_ROWS, profile.chunk_rows) - sum(parts.values()))
-    )
-    sizes = sorted({*(rows for rows in grid.rows if rows > _FEW_ROWS), profile.chunk_rows})
-    return replace(profile, elementwise=curve([(rows, bench.elementwise(profile, rows)) for rows in sizes]))
 
 
 def _driver() -> str:

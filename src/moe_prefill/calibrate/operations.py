@@ -40,17 +40,17 @@ def one_layer(spec: ModelSpec) -> ModelSpec:
 
 
 class LayerBench:
-    """One layer with random weights on a device, and the operations in it."""
+    """One layer with random weights on a device, and the operations in it; ``float8`` is about the experts."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, budget_s: float) -> None:
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, budget_s: float, *, float8: bool = False
+    ) -> None:
         self.spec = one_layer(spec)
         self.device, self.dtype, self._budget_s = device, dtype, budget_s
-        self._layer, self._bank = self._weights()
+        self._layer, bank = self._weights()
+        self._bank = _quantised(bank) if float8 else bank
         self._decoder = Decoder(self.spec)
-
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        self.precision = "float8" if float8 else str(dtype).removeprefix("torch.")
 
     def gemm(self, rows: int) -> float:
         """FLOP/s of the QKV and output projections on ``rows`` rows."""
@@ -67,8 +67,8 @@ class LayerBench:
         counts = torch.bincount(scores.topk(spec.top_k).indices.flatten(), minlength=spec.num_experts)
         ends = counts.cumsum(0).to(torch.int32)
         x_RD, hidden_RI = (self._random(tokens * spec.top_k, n) for n in (spec.hidden_size, spec.expert_size))
-        taken_s = self._seconds(lambda: ops.grouped_mm(x_RD, self._bank.gate_up, ends))
-        taken_s += self._seconds(lambda: ops.grouped_mm(hidden_RI, self._bank.down, ends))
+        taken_s = self._expert_product(x_RD, self._bank.gate_up, self._bank.gate_up_scale, ends)
+        taken_s += self._expert_product(hidden_RI, self._bank.down, self._bank.down_scale, ends)
         return 6 * tokens * spec.top_k * spec.hidden_size * spec.expert_size / taken_s
 
     def attention(self, length: int, tokens: int) -> float:
@@ -115,6 +115,14 @@ class LayerBench:
         target = torch.empty_like(source)
         return 2 * num_bytes / self._seconds(lambda: target.copy_(source))
 
+    def _expert_product(
+        self, rows_RC: torch.Tensor, weight_ENC: torch.Tensor, scale_EN: torch.Tensor | None, ends: torch.Tensor
+    ) -> float:
+        if scale_EN is None:
+            return self._seconds(lambda: ops.grouped_mm(rows_RC, weight_ENC, ends))
+        values_RC, scale_R = ops.quantize_rows(rows_RC)
+        return self._seconds(lambda: ops.scaled_grouped_mm(values_RC, scale_R, weight_ENC, scale_EN, ends, self.dtype))
+
     def _seconds(self, work: Callable[[], object]) -> float:
         return seconds(work, self.device, self._budget_s)
 
@@ -131,6 +139,21 @@ class LayerBench:
         )
         bank = ExpertBank(slots["banks.0.gate_up"], slots["banks.0.down"])
         return weights_from_slots(self.spec, slots).layers[0], bank
+
+
+def _quantised(bank: ExpertBank) -> ExpertBank:
+    """The same experts as float8 with a scale a row, one expert at a time."""
+    gate_up, gate_up_scale = _stacked(bank.gate_up)
+    down, down_scale = _stacked(bank.down)
+    return ExpertBank(gate_up, down, gate_up_scale, down_scale)
+
+
+def _stacked(weight_ENC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(weight_ENC.shape, dtype=ops.FLOAT8, device=weight_ENC.device)
+    scale_EN = torch.empty(weight_ENC.shape[:-1], dtype=torch.float32, device=weight_ENC.device)
+    for expert, weight_NC in enumerate(weight_ENC):
+        values[expert], scale_EN[expert] = ops.quantize_rows(weight_NC)
+    return values, scale_EN
 
 
 def layer_batch(tokens: int) -> Batch:

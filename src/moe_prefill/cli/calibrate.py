@@ -25,6 +25,7 @@ def calibrate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the profile here (JSON).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option("--quantization", help="fp8: also with 8-bit experts.")] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Depth that T is for; default: all.")] = None,
     tokens: Annotated[int, typer.Option("--request-tokens", min=1, help="Length of requests that T is for.")] = 1024,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -38,7 +39,7 @@ def calibrate(
     from ..engine.build import pick_device, pick_dtype
     from ..engine.load import open_model
 
-    EngineConfig(model=model, dtype=dtype)  # refuses what is no dtype
+    EngineConfig(model=model, dtype=dtype, quantization=quantization)  # type: ignore[arg-type]  # refuses others
     target = pick_device(device)
     if target.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -51,6 +52,7 @@ def calibrate(
             pick_dtype(dtype, spec, target),
             model=model,
             command=shlex.join(["moe-prefill", *sys.argv[1:]]),
+            float8=quantization == "fp8",
             progress=lambda step: status.update(f"measuring {step}"),
         )
     if output is not None:
@@ -84,15 +86,18 @@ def _rates(profile: MachineProfile) -> Table:
 
 def _rows(profile: MachineProfile) -> Iterator[tuple[str, ...]]:
     sheet = datasheet(profile.gpu)
-    for precision in profile.gemm:
-        peak = profile.peak(precision)
-        yield from _curve_rows(f"product {precision}", "rows", profile.gemm[precision], peak)
-        yield from _curve_rows(f"expert product {precision}", "rows an expert", profile.grouped[precision], peak)
-        yield from _curve_rows(f"attention {precision}", "tokens", profile.attention[precision], peak)
+    for name, unit, curves in (
+        ("product", "rows", profile.gemm),
+        ("expert product", "rows an expert", profile.grouped),
+        ("attention", "tokens", profile.attention),
+    ):
+        for precision, curve in curves.items():
+            yield from _curve_rows(f"{name} {precision}", unit, curve, profile.peak(precision))
     memory = sheet.memory if sheet else None
     yield "memory, read + write", "", *_bytes(profile.memory_bandwidth, memory)
-    for size, rate in zip(profile.elementwise.sizes, profile.elementwise.rates, strict=True):
-        yield "elementwise", f"{size:,.0f} rows", *_bytes(rate, memory)
+    for precision, curve in profile.elementwise.items():
+        for size, rate in zip(curve.sizes, curve.rates, strict=True):
+            yield f"elementwise {precision}", f"{size:,.0f} rows", *_bytes(rate, memory)
     links: dict[str, float] = {}
     if sheet:  # a local copy reads and writes each byte
         links = {"host": sheet.host, "copy-engine": sheet.peer, "nccl": sheet.peer, "local": sheet.memory / 2}
@@ -132,7 +137,7 @@ def _saturation(
     return saturation(
         spec,
         profile,
-        precision=next(iter(profile.gemm)),
+        precision=[*profile.grouped][-1],  # the narrowest experts that were measured
         levels=[level if layer.sparse else None for layer in spec.layers],
         bank_bytes=profile.bank_bytes,
         depth=buffers,
