@@ -88,7 +88,7 @@ def test_a_measured_profile_is_named_and_decides(capsys: pytest.CaptureFixture[s
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "3"], 6, "no sweep fits"),
         ([*BIG, "--hbm-gib", "139", "--max-sweep-tokens", "90000000"], 6, "the largest sweep that fits has"),
         ([*BIG, "--hbm-gib", "139", "--transport", "pigeon"], 2, "must be one of copy-engine, nccl"),
-        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--quantization", "int4"], 2, "it must be fp8"),
+        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--quantization", "int4"], 2, "must be one of None, fp8"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--gpu", "Abacus"], 2, "nothing is known of the speed"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--profile", "missing.json"], 2, "cannot be read"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--tokens-per-request", "0"], 2, "at least 1"),

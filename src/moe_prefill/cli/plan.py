@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from ..config import EngineConfig
 from ..core import ModelSpec
-from ..costmodel import Peer, Saturation, SweepPrediction, saturation
+from ..costmodel import Saturation, SweepPrediction, saturation
 from ..errors import PlanError, UsageError
 from ..machine import MachineProfile, estimated_profile, load_profile
 from ..memory import GIB
@@ -30,18 +30,12 @@ class PlanOptions:
     """What is planned for. ``gpu``: whose datasheet speed is estimated from where there is no ``profile``."""
 
     config: EngineConfig
-    quantization: str | None
-    transport: Peer
     profile: str | None
     gpu: str
     tokens_per_request: int
     json: bool
 
     def __post_init__(self) -> None:
-        if self.quantization not in (None, "fp8"):
-            raise UsageError(f"--quantization is {self.quantization!r}; it must be fp8, or left out")
-        if self.transport not in get_args(Peer):
-            raise UsageError(f"--transport is {self.transport!r}; it must be one of {', '.join(get_args(Peer))}")
         if self.tokens_per_request < 1:
             raise UsageError(f"--tokens-per-request is {self.tokens_per_request}; it must be at least 1")
 
@@ -92,16 +86,16 @@ def plan(
         host_gib=host_gib,
         strategy=strategy,  # type: ignore[arg-type]  # checked by the config
         dtype=dtype,
+        quantization=quantization,  # type: ignore[arg-type]  # checked by the config
         num_layers=num_layers,
         residency=residency,
         max_sweep_tokens=max_sweep_tokens,
         chunk_rows=chunk_rows,
         prefetch_depth=prefetch_depth,
+        transport=transport,  # type: ignore[arg-type]  # checked by the config
     )
     options = PlanOptions(
         config=config,
-        quantization=quantization,
-        transport=transport,  # type: ignore[arg-type]  # checked by the options
         profile=profile,
         gpu=gpu,
         tokens_per_request=tokens_per_request,
@@ -151,7 +145,7 @@ def make_plan(options: PlanOptions, spec: ModelSpec) -> tuple[ResidencyPlan, For
         bank_dtype=bank_dtype,
         profile=profile,
         tokens_per_request=options.tokens_per_request,
-        transfer=options.transport,
+        transfer=options.config.transport,
     )
     return plan, _forecast(options, spec, plan, profile)
 
@@ -170,12 +164,12 @@ def stored_types(options: PlanOptions, spec: ModelSpec) -> tuple[str, str]:
     """In which type everything but the experts is stored, and the experts."""
     wanted = options.config.dtype
     dtype = _STORED.get(spec.dtype, spec.dtype) if wanted == "auto" else wanted
-    return dtype, "float8_e4m3fn" if options.quantization == "fp8" else dtype
+    return dtype, "float8_e4m3fn" if options.config.quantization == "fp8" else dtype
 
 
 def _forecast(options: PlanOptions, spec: ModelSpec, plan: ResidencyPlan, profile: MachineProfile) -> Forecast:
     common: dict[str, Any] = {"ranks": plan.ranks, "tokens_per_request": options.tokens_per_request}
-    common["transfer"] = options.transport
+    common["transfer"] = options.config.transport
     tokens, rows = plan.sweep.max_sweep_tokens, plan.sweep.chunk_rows
     sweep = predicted_sweep(
         spec, profile, plan.levels, tokens, rows, bank_dtype=plan.bank_dtype, buffers=plan.bank_buffers, **common

@@ -16,16 +16,18 @@ import torch
 
 from ..config import Sharing
 from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats
-from ..experts import BankSource
+from ..experts import BankSource, TransferStats
 from ..forming import Forming, sharing_rule
 from ..machine import datasheet_peak
+from ..memory import MemoryPlan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
-from .memory import MemoryPlan
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
+from .trace import TraceWriter
 
 Answer = AtomicResult | Exception
+_SWEEPS_KEPT = 256  # of what transfers cost, for whoever asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class LocalEngine:
 
     ``rounds``: the banks come in rounds with those of other ranks, so every rank must be given the same number of
     sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
+    ``transfers``: what streaming cost each of the last sweeps; ``trace`` is told of every one.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class LocalEngine:
         quantization: str | None = None,
         rounds: bool = False,
         on_layer: Callable[[], None] | None = None,
+        trace: TraceWriter | None = None,
     ) -> None:
         self.spec = spec
         self.memory = memory
@@ -73,6 +77,8 @@ class LocalEngine:
         self._quantization = quantization
         self.rounds = rounds
         self._on_layer = on_layer
+        self._trace = trace
+        self.transfers: deque[TransferStats] = deque(maxlen=_SWEEPS_KEPT)
         self._stats = RunStats()
 
     @property
@@ -152,6 +158,8 @@ class LocalEngine:
     def close(self) -> None:
         """Free the device's memory; the engine is not to be used afterwards."""
         self._banks.close()
+        if self._trace is not None:
+            self._trace.close()
         del self._weights, self._banks
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -197,6 +205,12 @@ class LocalEngine:
         stats.flops += sweep.plan.flops
         stats.busy_s += now - max(sweep.started, self._last_end)
         self._last_end = now
+        for sweep_stats in self._banks.take_stats():
+            stats.exposed_s += 1e-3 * sweep_stats.exposed_ms
+            stats.moved_bytes += sum(sweep_stats.bytes_by_link.values())
+            self.transfers.append(sweep_stats)
+            if self._trace is not None:
+                self._trace.add(sweep_stats)
 
     _last_end = 0.0
 

@@ -9,7 +9,6 @@ import torch
 
 from ..errors import UsageError
 from ..memory import GIB
-from ..memory import MemoryPlan as MemoryPlan
 
 _CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 _GROWING = (Path("/sys/bus/virtio/drivers/virtio_balloon"), Path("/sys/bus/virtio/drivers/virtio_mem"))

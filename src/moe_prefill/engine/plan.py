@@ -16,10 +16,10 @@ import torch
 from ..core import AtomicRequest, Int64Array, ModelSpec
 from ..costmodel import sweep_flops
 from ..forest import Forest, SharingRule, build_forest
+from ..memory import MemoryPlan
 from ..models.rope import inverse_frequencies
 from ..ops import Spans
 from .layout import AttentionCall, Chunk, all_runs, asked_runs, chunks
-from .memory import MemoryPlan
 from .staging import Staged, Staging, Uploaded
 
 
