@@ -15,19 +15,21 @@ Strategy = Literal["asyncep", "dp+ep", "dp+tp", "tp+ep", "tp+tp", "pp+pp"]
 class EngineConfig:
     """How to build an engine. ``None`` means: decided by the memory plan or the machine.
 
-    ``model`` is a local directory, a hub id, or, with ``load_format="dummy"``, the name of a preset. ``sharing`` is
-    ``auto`` (share a prefix where it pays), ``off``, or ``force`` (every common token once, for tests).
+    ``model`` is a local directory, a hub id (``revision``: its branch, tag or commit), or, with
+    ``load_format="dummy"``, the name of a preset. ``sharing`` is ``auto`` (share a prefix where it pays), ``off``, or
+    ``force`` (every common token once, for tests).
     ``gpus`` is the number of worker processes, one a GPU (or a share of the CPU each; with ``device="cuda:I"`` all on
     that GPU); None: no process but this one. ``threads`` are those of each process.
     ``quantization="fp8"`` stores the experts as float8 with a scale a row, quantised while loading.
     ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
     ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``transport`` how GPUs get each other's
-    parts of sharded banks; ``chunk_rows`` how many rows go through a
-    layer at a time; ``profile`` is a file of rates that ``moe-prefill calibrate`` measured here, by which the plan
-    chooses. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
+    parts of sharded banks; ``chunk_rows`` how many rows go through a layer at a time; ``profile`` is a file of rates
+    that ``moe-prefill calibrate`` measured here, by which the plan chooses. ``trace``: a file for a Chrome trace of
+    copies and compute. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
     """
 
     model: str
+    revision: str | None = None
     device: str = "auto"
     gpus: int | None = None
     dtype: str = "auto"
@@ -47,6 +49,7 @@ class EngineConfig:
     transport: Literal["copy-engine", "nccl"] = "copy-engine"
     chunk_rows: int | None = None
     profile: str | None = None
+    trace: str | None = None
     strategy: Strategy = "asyncep"
     micro_batches: int = 4  # pp+pp: a sweep's
 

@@ -193,6 +193,8 @@ class RunStats:
     computed_tokens: int = 0  # after sharing
     flops: int = 0  # true FLOPs after sharing
     busy_s: float = 0.0
+    exposed_s: float = 0.0  # of it, what the computation waited for expert banks
+    moved_bytes: int = 0  # of expert banks, over any link
     restarts: int = 0  # of the worker processes, after the loss of one
     recovery_s: float = 0.0  # from the loss to being ready again
 

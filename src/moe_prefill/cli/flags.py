@@ -43,6 +43,7 @@ ENGINE_FLAGS = {
     "model": Flag(
         help="Model directory or hub id (with --load-format dummy: also a preset's name).", names=("--model", "-m")
     ),
+    "revision": Flag(help="Branch, tag or commit of a hub model; default: main.", panel=_ENGINE),
     "device": Flag(help="auto, cpu or cuda.", panel=_ENGINE),
     "gpus": Flag(
         help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE
@@ -57,6 +58,7 @@ ENGINE_FLAGS = {
     "max_sweep_tokens": Flag(help="Tokens of one sweep; default: what the memory plan allows.", panel=_ENGINE),
     "memory_gib": Flag(help="Memory to use of each device.", names=("--hbm-gib", "--memory-gib"), panel=_ENGINE),
     "host_gib": Flag(help="Host memory to use.", panel=_ENGINE),
+    "trace": Flag(help="Write copies and compute of every sweep as a Chrome trace.", panel=_ENGINE, metavar="FILE"),
     "threads": Flag(help="CPU threads of each process.", panel=_ENGINE),
     "residency": Flag(
         help="Where expert banks live: auto, one level (resident, sharded, offloaded, hybrid), counts "

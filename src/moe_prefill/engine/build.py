@@ -21,6 +21,7 @@ from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
 from .progress import LayerCounter
+from .trace import TraceWriter
 
 
 def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64Array | None = None) -> LocalEngine:
@@ -33,7 +34,8 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     else:
         # Hyperthreads bring nothing to matrix products, and the count must not change between a job and its resumption.
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    spec, _ = open_model(config.model, config.load_format, config.num_layers)
+    trace = None if config.trace is None else TraceWriter(trace_path(config.trace, ranks), ranks.rank)
+    spec, _ = open_model(config.model, config.load_format, config.num_layers, config.revision)
     dtype = pick_dtype(config.dtype, spec, device)
     plan = plan_within(config, spec, dtype, agreed_budget(rank_budget(config, device, ranks.size), ranks))
     banks = BankMemory(
@@ -42,11 +44,13 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         dtype=getattr(torch, plan.bank_dtype),
         device=device,
         buffers=plan.bank_buffers,
+        staged_shards=plan.staged_shards,
         ranks=ranks,
         transport=config.transport,
     )
     spec, weights, _ = load_weights(
         config.model,
+        revision=config.revision,
         device=device,
         dtype=dtype,
         load_format=config.load_format,
@@ -67,7 +71,13 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         quantization=config.quantization,
         rounds=banks.in_rounds,
         on_layer=None if layers_done is None else LayerCounter(layers_done, device),
+        trace=trace,
     )
+
+
+def trace_path(path: str, ranks: Ranks) -> str:
+    """Several ranks write a file each."""
+    return path if ranks.size == 1 else f"{path}.rank{ranks.rank}"
 
 
 def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budget: Budget) -> ResidencyPlan:

@@ -37,10 +37,11 @@ class LayerTransfer:
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """One sweep. ``exposed_ms``: all its waiting; ``exposed_first_ms``: that for its first streamed bank alone, part of
-    it.
+    """One sweep. ``begin_ms``: since the first sweep of all began. ``exposed_ms``: all its waiting;
+    ``exposed_first_ms``: that for its first streamed bank alone, part of it.
     """
 
+    begin_ms: float
     sweep_ms: float
     exposed_ms: float
     exposed_first_ms: float
@@ -69,10 +70,12 @@ class SweepRecorder:
 
     def __init__(self, keep: int = 64) -> None:
         self._sweeps: deque[_Sweep] = deque(maxlen=keep)  # bounded: a reader may never come
+        self._origin: Mark | None = None
 
     def begin(self, now: Mark) -> None:
         if self._sweeps and self._sweeps[-1].end is None:
             self._sweeps.pop()  # an error ended it early
+        self._origin = self._origin or now
         self._sweeps.append(_Sweep(now))
 
     def acquired(self, layer: int, asked: Mark, got: Mark, fetch: Fetch | None) -> None:
@@ -88,17 +91,20 @@ class SweepRecorder:
         """The finished sweeps that were not taken yet, oldest first."""
         taken = []
         while self._sweeps and (end := self._sweeps[0].end) is not None and end.is_done():
-            taken.append(_stats(self._sweeps.popleft(), end))
+            sweep = self._sweeps.popleft()
+            assert self._origin is not None
+            taken.append(_stats(sweep, end, sweep.begin.ms_since(self._origin)))
         return taken
 
 
-def _stats(sweep: _Sweep, end: Mark) -> TransferStats:
+def _stats(sweep: _Sweep, end: Mark, begin_ms: float) -> TransferStats:
     layers = tuple(_layer_stats(layer, sweep.begin) for layer in sweep.layers)
     waits = [layer.wait_ms for layer in layers if layer.bytes_by_link]
     total: Counter[str] = Counter()
     for layer in layers:
         total.update(layer.bytes_by_link)
-    return TransferStats(end.ms_since(sweep.begin), sum(waits), waits[0] if waits else 0.0, dict(total), layers)
+    first = waits[0] if waits else 0.0
+    return TransferStats(begin_ms, end.ms_since(sweep.begin), sum(waits), first, dict(total), layers)
 
 
 def _layer_stats(layer: _Layer, begin: Mark) -> LayerTransfer:
