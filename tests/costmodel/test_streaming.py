@@ -19,7 +19,9 @@ from moe_prefill.costmodel import (
     tightest_window,
 )
 from moe_prefill.errors import PlanError, UsageError
-from moe_prefill.machine import Curve
+from moe_prefill.machine import Curve, estimated_profile
+from moe_prefill.models import preset, spec_from_hf
+from moe_prefill.residency import bank_bytes
 from tests.costmodel.models import machine_profile, model_spec
 
 BANK = 8 * 3 * 24 * 64 * 4
@@ -180,3 +182,14 @@ def test_without_streaming_t_is_where_the_plateau_begins(levels):
 def test_streaming_that_no_sweep_hides_is_refused():
     with pytest.raises(PlanError, match=r"no sweep hides the banks of layers .* with 1 bank buffer; give a larger"):
         saturation(model_spec(), machine_profile(), levels=["offloaded"] * 3, **{**SATURATION, "depth": 1})
+
+
+@pytest.mark.parametrize(
+    ("first", "depth", "ratio"), [("offloaded", 2, 9.6), ("offloaded", 3, 0.37), ("resident", 2, 0.36)]
+)
+def test_the_pruned_last_layer_hides_little_of_the_next_sweeps_first_bank(first, depth, ratio):
+    """The table of docs/costmodel.md: Qwen3-30B-A3B on an estimated H200, everything but the first bank offloaded."""
+    spec = spec_from_hf(preset("Qwen3-30B-A3B"))
+    stream = {"levels": [first, *["offloaded"] * 47], "bank_bytes": bank_bytes(spec, "bfloat16"), "depth": depth}
+    found = saturation(spec, estimated_profile("NVIDIA H200"), precision="bfloat16", tokens_per_request=1024, **stream)
+    assert found.flops / found.t_paper == pytest.approx(ratio, rel=0.02)
