@@ -95,7 +95,8 @@ class Engine:
         from .workers import build_scoring
 
         self.config = EngineConfig(model=str(model), **settings)
-        self.tokenizer: Tokenizer = Tokenizer.from_directory(resolve_directory(self.config.model, weights=False))
+        directory = resolve_directory(self.config.model, revision=self.config.revision, weights=False)
+        self.tokenizer: Tokenizer = Tokenizer.from_directory(directory)
         self.scoring: ScoringEngine = build_scoring(self.config)
 
     def classify(self, rows: Rows, *, labels: Sequence[Any], **options: Any) -> list[Classification]:

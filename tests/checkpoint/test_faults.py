@@ -9,9 +9,16 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
-from moe_prefill.checkpoint import load_slots, open_checkpoint, read_config, resolve, resolve_directory
+from moe_prefill.checkpoint import (
+    load_slots,
+    open_checkpoint,
+    pinned_revision,
+    read_config,
+    resolve,
+    resolve_directory,
+)
 from moe_prefill.checkpoint.loader import audit
-from moe_prefill.errors import ModelError
+from moe_prefill.errors import ModelError, UsageError
 
 
 @dataclass
@@ -223,6 +230,22 @@ def test_directories_need_no_hub(tmp_path):
     write(tmp_path)
     with pytest.raises(ModelError, match="is a file"):
         resolve_directory(tmp_path / "model.safetensors")
+
+
+def test_revisions_belong_to_the_hub(monkeypatch, tmp_path):
+    asked = []
+    snapshot = tmp_path / "models--some--model/snapshots/0a1b2c"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(
+        resolve, "snapshot_download", lambda name, **options: asked.append(options["revision"]) or str(snapshot)
+    )
+    assert resolve_directory("some/model", revision="v2") == snapshot
+    assert pinned_revision("some/model", "v2") == "0a1b2c"
+    assert pinned_revision("some/model", None) == "0a1b2c"
+    assert asked == ["v2", "v2", None]
+    assert pinned_revision(snapshot, None) is None  # a local directory, wherever it lies
+    with pytest.raises(UsageError, match=r"--revision v2: .* is a local directory"):
+        resolve_directory(tmp_path, revision="v2")
 
 
 def hub_error(kind):

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from moe_prefill import errors
 from moe_prefill.cli import main
 from moe_prefill.cli.flags import ENGINE_FLAGS, JOB_FLAGS, TASK_FLAGS, RunOptions
 from moe_prefill.config import EngineConfig
+from moe_prefill.jobs import sidecar_path
 from moe_prefill.tasks.taskfile import CONFIGS
 
 TEXTS = ["first", "second, with comma", "", "last"]
@@ -57,7 +59,7 @@ def test_classify_writes_answers_and_a_summary(
     assert "1 row with error empty_text" in said.out
     assert "accuracy" in said.out
     assert "gold \\ answer" in said.out
-    assert said.err == ""
+    assert said.err.startswith("loading ")
 
 
 def test_json_mode_prints_one_summary_and_progress(
@@ -68,7 +70,8 @@ def test_json_mode_prints_one_summary_and_progress(
     (summary,) = [json.loads(line) for line in said.out.splitlines()]
     assert (summary["rows"], summary["errors"]) == (4, {"empty_text": 1})
     assert summary["metrics"]["compared"] == 3
-    progress = [json.loads(line) for line in said.err.splitlines()]
+    loading, *progress = [json.loads(line) for line in said.err.splitlines()]
+    assert loading["event"] == "loading"
     assert [(line["rows"], line["total_rows"]) for line in progress] == [(2, 4), (4, 4)]
 
 
@@ -76,6 +79,50 @@ def test_quiet_says_nothing(classify: Callable[..., int], capsys: pytest.Capture
     assert classify("--quiet") == 0
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+def test_loading_is_announced_with_its_size(
+    classify: Callable[..., int], model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify("--dtype", "float32") == 0
+    assert capsys.readouterr().err == f"loading {model} (0 MB, float32)\n"
+    assert classify("--json", "--overwrite", "--device", "cpu") == 0
+    first = json.loads(capsys.readouterr().err.splitlines()[0])
+    assert first == {"event": "loading", "model": str(model), "bytes": 7, "dtype": None, "device": "cpu"}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert classify("--overwrite") == 0
+    assert "0:00:00" in capsys.readouterr().err
+
+
+def test_a_hub_model_is_pinned_to_its_commit(
+    engine: Callable[..., None], table: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_prefill.checkpoint import resolve
+
+    snapshot = tmp_path / "models--some--model/snapshots/0a1b2c"
+    shutil.copytree(model, snapshot)
+    asked, configs = [], []
+    monkeypatch.setattr(
+        resolve, "snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or str(snapshot)
+    )
+    engine(lambda config: configs.append(config) or FakeEngine(max_request=4096))
+    command = ["classify", str(table), "--labels", "ham,spam", "--quiet", "--model", "some/model", "--revision", "v2"]
+    out = tmp_path / "out.jsonl"
+    assert main([*command, "-o", str(out)]) == 0
+    assert asked[0] == ("some/model", "v2")
+    assert {*asked[1:]} == {("some/model", "0a1b2c")}
+    assert configs[0].revision == "0a1b2c"
+    assert json.loads(sidecar_path(out).read_text())["identity"]["model.revision"] == "0a1b2c"
+
+    asked.clear()
+    assert main([*command, "--tokenizer", "other/tokenizer", "-o", str(tmp_path / "other.jsonl")]) == 0
+    assert ("other/tokenizer", None) in asked  # the revision is the model's
+
+
+def test_a_directory_has_no_revision(classify: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert classify("--revision", "main") == errors.UsageError.exit_code
+    assert "--revision main" in capsys.readouterr().err
 
 
 def test_standard_streams(
@@ -181,7 +228,7 @@ def test_every_error_has_its_exit_code(
         raise error("some words")
 
     engine(fail)
-    assert classify() == code
+    assert classify("--quiet") == code
     said = capsys.readouterr()
     assert said.out == ""
     if code == 130:

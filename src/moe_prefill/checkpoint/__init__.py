@@ -4,7 +4,7 @@ from .dummy import dummy_slots
 from .headers import Checkpoint, TensorEntry, open_checkpoint
 from .loader import audit, load_slots
 from .reader import same_values
-from .resolve import read_config, resolve_directory
+from .resolve import pinned_revision, read_config, resolve_directory
 from .slots import Allocate, Keep
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "dummy_slots",
     "load_slots",
     "open_checkpoint",
+    "pinned_revision",
     "read_config",
     "resolve_directory",
     "same_values",

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 
 # What loading, tokenizing and templating need; never pickles, original-format copies or images.
 CONFIG_FILES = ("config.json",)
@@ -34,17 +34,34 @@ def resolve_directory(
 ) -> Path:
     """The local directory of a model, downloaded from the hub unless ``source`` is one already.
 
-    A directory needs no network. ``weights=False`` leaves the tensors out. ModelError: the directory is missing or is a
-    file, the hub does not know the id, asks for permission, or cannot be reached.
+    A directory needs no network. ``revision`` is a branch, tag or commit of a hub model. ``weights=False`` leaves the
+    tensors out. ModelError: the directory is missing or is a file, the hub does not know the id, asks for permission,
+    or cannot be reached. UsageError: a directory with a revision.
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision}: {path} is a local directory, which has no revisions; leave it out, or give a "
+                "hub id as the model"
+            )
         return path
     if path.exists():
         raise ModelError(f"{path} is a file; give the directory that holds config.json and the safetensors files.")
     if not _looks_like_hub_id(str(source)):
         raise ModelError(f"there is no directory {path}; give a directory with config.json, or a hub id (owner/name).")
     return _download(str(source), revision, weights, local_files_only)
+
+
+def pinned_revision(source: str | Path, revision: str | None) -> str | None:
+    """The commit that a hub model's revision (default: its main branch) names now; None for a local directory.
+
+    With the commit, everything that is loaded later is of the same state, whatever is published meanwhile. Raises as
+    ``resolve_directory`` does.
+    """
+    directory = resolve_directory(source, revision=revision, weights=False)
+    downloaded = not Path(source).expanduser().is_dir()
+    return directory.name if downloaded and directory.parent.name == "snapshots" else revision
 
 
 def read_config(directory: Path) -> dict[str, Any]:

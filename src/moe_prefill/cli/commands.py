@@ -94,19 +94,23 @@ def run_task(kind: str, source: str, values: dict[str, Any]) -> None:
 
 def _run(request: Request, output: Output, table: Table) -> Summary:
     from ..workers import build_scoring
+    from .loading import loading
     from .progress import observer_for
 
-    request = replace(request, task=_dated(request.task, output))
+    request = replace(request, task=_dated(request.task, output), engine=_pinned(request.engine))
     tokenizer = _tokenizer(request)
     early_check(request, table, tokenizer)
-    with closing(build_scoring(_engine_config(request, output))) as engine, observer_for(request.run) as observer:
+    config, identity = _engine_config(request, output), _model_identity(request, tokenizer)
+    with loading(config, request.run):
+        scoring = build_scoring(config)
+    with closing(scoring) as engine, observer_for(request.run) as observer:
         return run_job(
             table,
             build_task(request.task, tokenizer, engine.limits, table.columns),
             engine,
             output,
             _job_config(request),
-            model=_model_identity(request, tokenizer),
+            model=identity,
             output_name=str(request.run.output),
             observer=observer,
         )
@@ -179,7 +183,18 @@ def _tokenizer(request: Request) -> Tokenizer:
     from ..checkpoint import resolve_directory
     from ..text import Tokenizer
 
-    return Tokenizer.from_directory(resolve_directory(request.run.tokenizer or request.engine.model, weights=False))
+    source = request.run.tokenizer or request.engine.model
+    revision = request.engine.revision if source == request.engine.model else None
+    return Tokenizer.from_directory(resolve_directory(source, revision=revision, weights=False))
+
+
+def _pinned(engine: EngineConfig) -> EngineConfig:
+    """A hub model at the commit that its revision names now, so that all of its files are of one state."""
+    from ..checkpoint import pinned_revision
+
+    if engine.load_format == "dummy":
+        return engine
+    return replace(engine, revision=pinned_revision(engine.model, engine.revision))
 
 
 def _dated(task: TaskConfig, output: Output) -> TaskConfig:
@@ -198,7 +213,9 @@ def _engine_config(request: Request, output: Output) -> EngineConfig:
     if not isinstance(output, FileOutput):
         return request.engine
     pinned = {name: output.recorded(f"engine.{name}") for name in ("max_sweep_tokens", "chunk_rows")}
-    missing = {n: v for n, v in pinned.items() if isinstance(v, int) and getattr(request.engine, n) is None}
+    missing: dict[str, Any] = {
+        n: v for n, v in pinned.items() if isinstance(v, int) and getattr(request.engine, n) is None
+    }
     return replace(request.engine, **missing) if missing else request.engine
 
 
@@ -222,5 +239,6 @@ def _model_identity(request: Request, tokenizer: Tokenizer) -> dict[str, str]:
     if engine.load_format == "dummy":
         weights = f"dummy {engine.model} layers={engine.num_layers} seed={engine.seed} skew={engine.dummy_skew}"
     else:
-        weights = model_fingerprint(resolve_directory(engine.model))
-    return {"weights": weights, "tokenizer": tokenizer.fingerprint}
+        weights = model_fingerprint(resolve_directory(engine.model, revision=engine.revision))
+    revision = {"revision": engine.revision} if engine.revision is not None else {}
+    return {"weights": weights, "tokenizer": tokenizer.fingerprint, **revision}

@@ -52,7 +52,7 @@ def _max_positions(request: Request) -> int | None:
 
     if request.engine.load_format == "dummy":
         return None
-    config = read_config(resolve_directory(request.engine.model, weights=False))
+    config = read_config(resolve_directory(request.engine.model, revision=request.engine.revision, weights=False))
     value = config.get("max_position_embeddings")
     return value if isinstance(value, int) else None
 

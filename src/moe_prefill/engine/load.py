@@ -35,6 +35,7 @@ Loaded = tuple[ModelSpec, ModelWeights, list[ExpertBank | None]]
 def load_weights(
     source: str | Path,
     *,
+    revision: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     load_format: LoadFormat = "safetensors",
@@ -46,13 +47,13 @@ def load_weights(
 ) -> Loaded:
     """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
 
-    ``source`` is a model directory or hub id; with ``dummy`` also the name of a preset. Slots go to ``device``, in
-    ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up`` and ``.down``):
-    ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none. ``seed``,
-    ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device`` wherever
-    they end up.
+    ``source`` is a model directory, or a hub id with its ``revision``; with ``dummy`` also the name of a preset. Slots
+    go to ``device``, in ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up``
+    and ``.down``): ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none.
+    ``seed``, ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device``
+    wherever they end up.
     """
-    spec, checkpoint = open_model(source, load_format, num_layers)
+    spec, checkpoint = open_model(source, load_format, num_layers, revision)
     allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), allocate)
     shapes, keep = slot_shapes(spec) | bank_shapes(spec), _banks_only(keep)
     if checkpoint is None:
@@ -64,25 +65,28 @@ def load_weights(
 
 
 def open_model(
-    source: str | Path, load_format: LoadFormat = "safetensors", num_layers: int | None = None
+    source: str | Path,
+    load_format: LoadFormat = "safetensors",
+    num_layers: int | None = None,
+    revision: str | None = None,
 ) -> tuple[ModelSpec, Checkpoint | None]:
     """The spec of a model and, unless its weights are made up, its checkpoint; reads no tensor but tied embeddings."""
     if load_format == "dummy":
-        spec = spec_from_hf(_config_without_weights(source))
+        spec = spec_from_hf(_config_without_weights(source, revision))
         return replace(spec, layers=spec.layers[: num_layers or spec.num_layers]), None
     if num_layers is not None:
         raise UsageError(f"num_layers {num_layers} needs dummy weights; a checkpoint is loaded whole.")
-    directory = resolve_directory(source)
+    directory = resolve_directory(source, revision=revision)
     config = read_config(directory)
     spec, checkpoint = spec_from_hf(config), open_checkpoint(directory)
     return _as_stored(spec, declared_dtype(config), checkpoint), checkpoint
 
 
-def _config_without_weights(source: str | Path) -> dict[str, object]:
+def _config_without_weights(source: str | Path, revision: str | None) -> dict[str, object]:
     is_preset = str(source).rpartition("/")[2].casefold() in {name.casefold() for name in preset_names()}
-    if is_preset and not Path(source).is_dir():
+    if is_preset and revision is None and not Path(source).is_dir():
         return preset(str(source))
-    return read_config(resolve_directory(source, weights=False))
+    return read_config(resolve_directory(source, revision=revision, weights=False))
 
 
 def _as_stored(spec: ModelSpec, declared: str | None, checkpoint: Checkpoint) -> ModelSpec:
