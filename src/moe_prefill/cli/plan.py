@@ -136,16 +136,13 @@ def planned_spec(config: EngineConfig) -> ModelSpec:
 def make_plan(options: PlanOptions, spec: ModelSpec) -> tuple[ResidencyPlan, Forecast]:
     """The plan that an engine with these settings would make, and its forecast."""
     profile = load_profile(options.profile) if options.profile else estimated_profile(options.gpu)
-    dtype, bank_dtype = stored_types(options, spec)
     plan = plan_for(
         options.config,
         spec,
         device_budget(options),
-        dtype=dtype,
-        bank_dtype=bank_dtype,
+        dtype=computed_dtype(options.config, spec),
         profile=profile,
         tokens_per_request=options.tokens_per_request,
-        transfer=options.config.transport,
     )
     return plan, _forecast(options, spec, plan, profile)
 
@@ -160,11 +157,9 @@ def device_budget(options: PlanOptions) -> Budget:
     )
 
 
-def stored_types(options: PlanOptions, spec: ModelSpec) -> tuple[str, str]:
-    """In which type everything but the experts is stored, and the experts."""
-    wanted = options.config.dtype
-    dtype = _STORED.get(spec.dtype, spec.dtype) if wanted == "auto" else wanted
-    return dtype, "float8_e4m3fn" if options.config.quantization == "fp8" else dtype
+def computed_dtype(config: EngineConfig, spec: ModelSpec) -> str:
+    """The type of everything but the experts."""
+    return _STORED.get(spec.dtype, spec.dtype) if config.dtype == "auto" else config.dtype
 
 
 def _forecast(options: PlanOptions, spec: ModelSpec, plan: ResidencyPlan, profile: MachineProfile) -> Forecast:

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from ..core import ModelSpec
 from ..memory import show_bytes
-from ..residency import DTYPE_BYTES
+from ..residency import DTYPE_BYTES, bank_dtype
 from ..strategies import Share, share_of
 from ..strategies.memory import ShareMemory, fit_share, mean_ranks_a_row, share_weights, transfer_bytes
-from .plan import PlanOptions, device_budget, stored_types
+from .plan import PlanOptions, computed_dtype, device_budget
 from .plan_view import say, show_bytes_table, show_head
 
 
@@ -20,31 +20,30 @@ def show_share(options: PlanOptions, spec: ModelSpec) -> None:
     """Print the plan of the rank that holds most. UsageError: the shapes do not allow the strategy. PlanError: it does
     not fit.
     """
-    dtype, bank_dtype = stored_types(options, spec)
     config, strategy = options.config, options.config.strategy
+    dtype = computed_dtype(config, spec)
+    experts = bank_dtype(config, dtype)
     assert strategy != "asyncep"
     shares = [share_of(spec, strategy, rank, options.ranks) for rank in range(options.ranks)]
-    share = max(shares, key=lambda each: sum(share_weights(each, dtype, bank_dtype).values()))
+    share = max(shares, key=lambda each: sum(share_weights(each, dtype, experts).values()))
     budget = device_budget(options)
     memory = fit_share(
         share,
         budget.kind,
         budget.device_bytes,
         dtype=dtype,
-        bank_dtype=bank_dtype,
+        bank_dtype=experts,
         wanted=config.max_sweep_tokens,
         chunk_rows=config.chunk_rows,
     )
-    fields = share_fields(options, share, memory, dtype, bank_dtype)
+    fields = share_fields(options, share, memory, dtype)
     if options.json:
         print(json.dumps(fields))
     else:
         _show(options, share, memory, fields)
 
 
-def share_fields(
-    options: PlanOptions, share: Share, memory: ShareMemory, dtype: str, bank_dtype: str
-) -> dict[str, Any]:
+def share_fields(options: PlanOptions, share: Share, memory: ShareMemory, dtype: str) -> dict[str, Any]:
     """Everything that is printed, for programs; sizes in bytes, of one rank. Names as for asyncep."""
     sweep = memory.sweep
     fields = {
@@ -52,7 +51,7 @@ def share_fields(
         "strategy": share.name,
         "gpus": share.size,
         "dtype": dtype,
-        "bank_dtype": bank_dtype,
+        "bank_dtype": bank_dtype(options.config, dtype),
         "device_bytes": dict(memory.device_bytes),
         "peak_device_bytes": sum(memory.device_bytes.values()),
         "sweep_tokens": sweep.max_sweep_tokens,

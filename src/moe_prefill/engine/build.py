@@ -86,12 +86,7 @@ def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budge
     profile = None
     if config.profile is not None:
         profile = load_profile(config.profile, torch.cuda.get_device_name() if budget.kind == "cuda" else "cpu")
-    return plan_for(config, spec, budget, dtype=name, bank_dtype=bank_dtype(config, name), profile=profile)
-
-
-def bank_dtype(config: EngineConfig, dtype: str) -> str:
-    """How experts are stored; the other weights are in ``dtype``."""
-    return "float8_e4m3fn" if config.quantization == "fp8" else dtype
+    return plan_for(config, spec, budget, dtype=name, profile=profile)
 
 
 def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:

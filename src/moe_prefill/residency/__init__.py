@@ -15,7 +15,7 @@ from .record import (
     shard_bytes,
     shard_of,
 )
-from .settings import TOKENS_PER_REQUEST, plan_for
+from .settings import TOKENS_PER_REQUEST, bank_dtype, plan_for
 from .speed import predicted_speed, predicted_sweep
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Speed",
     "aligned",
     "bank_bytes",
+    "bank_dtype",
     "expert_record",
     "parse_residency",
     "plan_for",

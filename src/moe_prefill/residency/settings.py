@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from ..config import EngineConfig
 from ..core import ModelSpec
-from ..costmodel import Peer
 from ..machine import MachineProfile
 from .plan import Budget, Pins, ResidencyPlan, plan_residency
 from .speed import predicted_speed
 
 TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests
+
+
+def bank_dtype(config: EngineConfig, dtype: str) -> str:
+    """How experts are stored; everything else is in ``dtype``."""
+    return "float8_e4m3fn" if config.quantization == "fp8" else dtype
 
 
 def plan_for(
@@ -18,13 +22,11 @@ def plan_for(
     budget: Budget,
     *,
     dtype: str,
-    bank_dtype: str,
     profile: MachineProfile | None = None,
     tokens_per_request: int = TOKENS_PER_REQUEST,
-    transfer: Peer = "copy-engine",
 ) -> ResidencyPlan:
-    """What each rank holds. A measured ``profile`` decides between banks and tokens; without one, or with an estimated
-    one, the rule does. Raises UsageError and PlanError.
+    """What each rank holds; ``dtype`` is that of everything but the experts. A measured ``profile`` decides between
+    banks and tokens; without one, or with an estimated one, the rule does. Raises UsageError and PlanError.
     """
     if profile is not None and profile.is_estimated:
         profile = None
@@ -40,10 +42,10 @@ def plan_for(
         speed = predicted_speed(
             spec,
             profile,
-            bank_dtype=bank_dtype,
+            bank_dtype=bank_dtype(config, dtype),
             ranks=budget.ranks,
             tokens_per_request=tokens_per_request,
-            transfer=transfer,
+            transfer=config.transport,
             prefetch_depth=config.prefetch_depth,
         )
-    return plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype, pins=pins, speed=speed)
+    return plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype(config, dtype), pins=pins, speed=speed)
