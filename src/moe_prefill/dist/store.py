@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 _HOST = "127.0.0.1"
 _TIMEOUT = timedelta(minutes=30)  # ranks load weights at different speeds; a lost rank ends the others long before

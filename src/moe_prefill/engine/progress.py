@@ -21,7 +21,8 @@ class LayerCounter:
         self._device_count = None if device.type == "cpu" else torch.zeros(1, dtype=torch.int64, device=device)
         if self._device_count is not None:
             page = self._host.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(page, mmap.PAGESIZE, 0))
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(runtime.cudaHostRegister(page, mmap.PAGESIZE, 0))
 
     def __call__(self) -> None:
         if self._device_count is None:

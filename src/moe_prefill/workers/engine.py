@@ -16,7 +16,7 @@ from ..core import AtomicRequest, AtomicResult, EngineLimits, RunStats, ScoringE
 from ..errors import MoePrefillError, WorkerError
 from ..messages import Message, PackedRequests, PackedResults, Ready, Score, Scored
 from .board import Board, Sweep
-from .group import WorkerGroup, WorkerLost
+from .group import Closed, WorkerGroup, WorkerLost
 from .watch import Patience, Watch
 
 _log = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ class GroupEngine:
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // self.size)
         self._config = replace(config, threads=threads)
         self._patience = patience
-        self._lock = threading.Lock()  # of the board, the error and the closing flag
+        self._lock = threading.Lock()  # of the board, the counters and the error
         self._board = Board(self.size, rounds=False)
-        self._error: MoePrefillError | None = None
+        self._error: Exception | None = None
         self._closing = False
         self._stats = RunStats()
         self._busy_since = time.monotonic()
         self._wake, self._waker = socket.socketpair()
-        self._first = SimpleQueue[Ready | MoePrefillError]()
+        self._first = SimpleQueue[Ready | Exception]()
         self._ready: Ready | None = None
         self._thread = threading.Thread(target=self._run, name="workers", daemon=True)
         self._thread.start()
@@ -63,7 +63,7 @@ class GroupEngine:
         except BaseException:  # Ctrl-C while the weights load
             self.close()
             raise
-        if isinstance(first, MoePrefillError):
+        if isinstance(first, Exception):
             self.close()
             raise first
 
@@ -110,8 +110,7 @@ class GroupEngine:
 
     def close(self) -> None:
         """End the workers and wait until they are gone."""
-        with self._lock:
-            self._closing = True
+        self._closing = True
         self._waker.send(b"!")
         self._thread.join()
         self._wake.close()
@@ -133,32 +132,38 @@ class GroupEngine:
     # Everything below runs in the thread that owns the processes.
 
     def _run(self) -> None:
-        """Lives of the group, one after another."""
-        losses, finished, lost_s = 0, -1, 0.0
+        try:
+            self._live()
+        except Exception as error:  # whatever it is, callers must not wait for ever
+            self._fail(error)
+
+    def _live(self) -> None:
+        """Lives of the group, one after another. Raises what ends the last one, unless that is ``close``."""
+        losses, finished = 0, -1
+        lost_s: float | None = None  # when the group was lost that is being brought back
         while True:
-            group = WorkerGroup(self._config, self.size, self._patience, self._wake)
+            group = WorkerGroup(self._config, self.size, self._patience, self._wake, lambda: self._closing)
             try:
                 self._opened(group.start(), lost_s)
+                lost_s = None
                 self._serve(group)
-                group.finish()
+            except Closed:
+                if self._ready is not None and self._board.idle:
+                    group.finish()
                 return
             except WorkerLost as loss:
-                lost_s = time.monotonic()
+                lost_s = lost_s or time.monotonic()
                 losses = losses + 1 if finished == self._stats.sweeps else 1
                 finished = self._stats.sweeps
-                if self._closing or (loss.typed and self._ready is None) or losses > self._patience.restarts:
-                    self._fail(_last_error(loss, losses))
-                    return
+                if (loss.typed and self._ready is None) or losses > self._patience.restarts:
+                    raise _last_error(loss, losses) from None
                 with self._lock:
                     again = self._board.take_back()
-                _log.warning("%s; starting the workers again, %d sweeps are given out again", loss, again)
-            except MoePrefillError as error:
-                self._fail(error)
-                return
+                _log.warning("%s; starting the workers again, %d sweeps are given out again", str(loss), again)
             finally:
                 group.kill()
 
-    def _opened(self, ready: list[Ready], lost_s: float) -> None:
+    def _opened(self, ready: list[Ready], lost_s: float | None) -> None:
         """Every rank is ready: the first time their plan becomes the engine's, later it must be the same."""
         plan = ready[0]
         if any(other != plan for other in ready):
@@ -175,14 +180,16 @@ class GroupEngine:
             return
         if plan != self._ready:
             raise WorkerError(f"the plan after a restart is {plan}, it was {self._ready}")
+        assert lost_s is not None
         recovery_s = time.monotonic() - lost_s
-        self._stats += RunStats(restarts=1, recovery_s=recovery_s)
+        with self._lock:
+            self._stats += RunStats(restarts=1, recovery_s=recovery_s)
         _log.warning("the workers are back after %.1f s", recovery_s)
 
     def _serve(self, group: WorkerGroup) -> None:
-        """Give, take, watch."""
-        watch = Watch(group.page.counts, self._patience)
-        while not self._closing:
+        """Give, take, watch, until the group is closed or lost."""
+        watch = Watch(group.page.read, self._patience)
+        while True:
             with self._lock:
                 given = list(self._board.give())
                 self._count_busy_time()
@@ -211,7 +218,7 @@ class GroupEngine:
             self._stats += RunStats(busy_s=now - self._busy_since)
         self._busy_since = now
 
-    def _fail(self, error: MoePrefillError) -> None:
+    def _fail(self, error: Exception) -> None:
         """Tell everyone who waits, and whoever comes later."""
         with self._lock:
             self._error = error

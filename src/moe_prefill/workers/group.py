@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .. import errors
@@ -21,6 +22,7 @@ from .channel import Channel
 from .page import ProgressPage
 from .watch import Patience
 
+WORKER = "moe_prefill.workers.process"  # the module that a worker process runs
 _TICK_S = 0.2  # how often processes are looked at; a death is mostly noticed at once, by its closed socket
 _GONE_S = 60.0  # for a killed process to leave: its GPU memory is freed first
 _MAX_SOCKET_PATH = 100  # the system allows 107 bytes
@@ -36,21 +38,27 @@ class WorkerLost(Exception):
         self.error, self.typed = error, typed
 
 
+class Closed(Exception):
+    """The engine is being closed."""
+
+
 class WorkerGroup:
     """Processes of ranks 0 to ``size - 1`` and the connections to them. Used by one thread, which must live as long as
     the processes: they are told to die with it.
 
     The sockets lie in a private directory, which is gone as soon as all workers are connected and ready.
-    ``wake`` is a file that ``poll`` returns for when it becomes readable.
+    When ``wake`` becomes readable, ``poll`` returns, or raises Closed where ``closing`` says so.
     """
 
-    def __init__(self, config: EngineConfig, size: int, patience: Patience, wake: socket.socket) -> None:
+    def __init__(
+        self, config: EngineConfig, size: int, patience: Patience, wake: socket.socket, closing: Callable[[], bool]
+    ) -> None:
         self.size, self._patience = size, patience
         self.page = ProgressPage.create(size)
         self._config = config
         self._directory = Path(tempfile.mkdtemp(prefix="moe-prefill-"))  # mode 0700
         self._selector = selectors.DefaultSelector()
-        self._wake = wake
+        self._wake, self._closing = wake, closing
         self._selector.register(wake, selectors.EVENT_READ)
         self._channels: list[Channel] = []
         self._by_rank: dict[int, Channel] = {}
@@ -58,7 +66,7 @@ class WorkerGroup:
         self._arrived: list[tuple[int, Message]] = []
 
     def start(self) -> list[Ready]:
-        """Start the processes and wait until every engine is built. Raises WorkerLost."""
+        """Start the processes and wait until every engine is built. Raises WorkerLost and Closed."""
         with _listen(self._directory / "socket") as listener, socket.create_server(("127.0.0.1", 0)) as store:
             self._selector.register(listener, selectors.EVENT_READ)
             for rank in range(self.size):
@@ -79,17 +87,19 @@ class WorkerGroup:
         self._selector.modify(channel.socket, _events(channel), channel)
 
     def poll(self, timeout_s: float = _TICK_S) -> list[tuple[int, Message]]:
-        """Messages with the ranks that sent them, after at most ``timeout_s``. Raises WorkerLost."""
+        """Messages with the ranks that sent them, after at most ``timeout_s``. Raises WorkerLost and Closed."""
         for key, events in self._selector.select(timeout_s):
             if isinstance(key.data, Channel):
                 self._attend(key.data, events)
             elif key.fileobj is self._wake:
                 self._wake.recv(4096)
+                if self._closing():
+                    raise Closed
             else:
                 self._accept(key.fileobj)
         for rank, process in enumerate(self._processes):
-            if process.poll() is not None and not self._has_message_of(rank):
-                raise self._lost(rank)
+            if process.poll() is not None:
+                self._ended(rank)
         arrived, self._arrived = self._arrived, []
         for rank, message in arrived:
             if isinstance(message, Failure):
@@ -99,7 +109,8 @@ class WorkerGroup:
     def finish(self) -> None:
         """An orderly end: every worker frees what it holds and leaves."""
         for channel in self._by_rank.values():
-            channel.send(Shutdown())
+            with contextlib.suppress(OSError):
+                channel.send(Shutdown())
         deadline = time.monotonic() + self._patience.stop_s
         for process in self._processes:
             try:
@@ -133,7 +144,7 @@ class WorkerGroup:
         )
 
     def _spawn(self, rank: int, store: socket.socket) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "moe_prefill.workers.process", str(self._directory / "socket"), str(rank)]
+        command = [sys.executable, "-m", WORKER, str(self._directory / "socket"), str(rank)]
         command += [str(self.page.fd), str(store.fileno() if rank == 0 else -1)]
         return subprocess.Popen(
             command,
@@ -165,22 +176,31 @@ class WorkerGroup:
 
     def _attend(self, channel: Channel, events: int) -> None:
         """Send what is left and read what has come."""
-        try:
+        with contextlib.suppress(OSError):  # a closed socket is found by reading
             if events & selectors.EVENT_WRITE:
                 channel.flush()
-            messages = channel.receive() if events & selectors.EVENT_READ else []
-        except OSError:
-            messages = None
-        if messages is None:
-            self._selector.unregister(channel.socket)
-            if channel.rank >= 0 and not self._has_message_of(channel.rank):
-                raise self._lost(channel.rank)
+        messages = channel.receive() if events & selectors.EVENT_READ else []
+        self._arrive(channel, messages or [])
+        if messages is not None:
+            self._selector.modify(channel.socket, _events(channel), channel)
             return
-        self._selector.modify(channel.socket, _events(channel), channel)
+        self._selector.unregister(channel.socket)
+        if channel.rank >= 0:
+            self._ended(channel.rank)
+
+    def _arrive(self, channel: Channel, messages: list[Message]) -> None:
         for message in messages:
             if channel.rank < 0:
                 self._introduce(channel, message)
             self._arrived.append((channel.rank, message))
+
+    def _ended(self, rank: int) -> None:
+        """A worker has gone: by its last words, if it had any, or for a reason of the system's. Raises WorkerLost."""
+        channel = self._by_rank.get(rank)
+        while channel is not None and (messages := channel.receive()):
+            self._arrive(channel, messages)
+        if not any(sender == rank and isinstance(message, Failure) for sender, message in self._arrived):
+            raise self._lost(rank)
 
     def _introduce(self, channel: Channel, message: Message) -> None:
         if not isinstance(message, Hello) or message.version != VERSION:
@@ -189,10 +209,6 @@ class WorkerGroup:
         assert self._processes[message.rank].pid == message.pid, message
         channel.rank = message.rank
         self._by_rank[message.rank] = channel
-
-    def _has_message_of(self, rank: int) -> bool:
-        """A worker that fails says why before it leaves: its last words come first."""
-        return any(sender == rank for sender, _ in self._arrived)
 
     def _lost(self, rank: int) -> WorkerLost:
         process = self._processes[rank]

@@ -22,11 +22,18 @@ class ProgressPage:
         size = -(-num_ranks * _LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
         if os.fstat(fd).st_size < size:
             os.ftruncate(fd, size)
-        self.counts: Int64Array = np.frombuffer(mmap.mmap(fd, size), np.int64)[::_LINE][:num_ranks]
+        self._map = mmap.mmap(fd, size)
+        self.counts: Int64Array = np.frombuffer(self._map, np.int64)[::_LINE][:num_ranks]
 
     @classmethod
     def create(cls, num_ranks: int) -> ProgressPage:
         return cls(os.memfd_create("moe-prefill-progress"), num_ranks)
 
+    def read(self) -> list[int]:
+        return [int(count) for count in self.counts]
+
     def close(self) -> None:
+        """Give the memory back; nobody else may hold ``counts``."""
+        self.counts = np.empty(0, np.int64)
+        self._map.close()
         os.close(self.fd)

@@ -15,10 +15,12 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..core import AtomicRequest
 from ..errors import MoePrefillError
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 _CHUNK = 1 << 20
+_WARM_UP_TOKENS = 48
 
 
 class Controller:
@@ -68,7 +71,19 @@ class Controller:
             os._exit(1)  # the controller is gone, and so is everybody whom this worker could serve
 
 
-def main() -> int:
+def build_rank(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEngine:
+    """This rank's engine, which counts its layers in the shared page."""
+    from ..dist import open_store
+    from ..engine import build_engine
+    from ..experts import Ranks
+
+    store = open_store(start.store_port, start.size, listen_fd=store_fd if rank == 0 else None)
+    page = ProgressPage(page_fd, start.size)
+    return build_engine(start.config, ranks=Ranks(rank, start.size, store), layers_done=page.counts[rank : rank + 1])
+
+
+def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> int:
+    """Say hello, build, serve; returns the exit code."""
     path, rank, page_fd, store_fd = sys.argv[1], *map(int, sys.argv[2:])
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -80,6 +95,7 @@ def main() -> int:
     assert isinstance(start, Start), start
     try:
         engine = build(start, rank, page_fd, store_fd)
+        warm_up(engine)
         controller.send(
             Ready(
                 forming=engine.forming,
@@ -100,15 +116,12 @@ def main() -> int:
     return 0
 
 
-def build(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEngine:
-    """This rank's engine, which counts its layers in the shared page."""
-    from ..dist import open_store
-    from ..engine import build_engine
-    from ..experts import Ranks
-
-    store = open_store(start.store_port, start.size, listen_fd=store_fd if rank == 0 else None)
-    page = ProgressPage(page_fd, start.size)
-    return build_engine(start.config, ranks=Ranks(rank, start.size, store), layers_done=page.counts[rank : rank + 1])
+def warm_up(engine: LocalEngine) -> None:
+    """One small sweep, so that what is compiled or opened at first use does not count as a hanging layer."""
+    tokens = np.zeros(min(_WARM_UP_TOKENS, engine.limits.max_request_tokens), np.int32)
+    asked = [AtomicRequest.candidates(tokens, [0]), AtomicRequest.candidates(tokens, [0], vocabulary=True)]
+    for _ in engine.compute([asked]):
+        pass
 
 
 def serve(engine: LocalEngine, controller: Controller) -> None:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..core import Int64Array
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
@@ -25,11 +23,13 @@ class Patience:
 
 
 class Watch:
-    """Follows the counters of finished layers of one life of the group."""
+    """Follows the layers that each rank has finished, which ``counts`` reads, through one life of the group."""
 
-    def __init__(self, counts: Int64Array, patience: Patience, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, counts: Callable[[], list[int]], patience: Patience, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._counts, self._patience, self._clock = counts, patience, clock
-        self._last = counts.tolist()
+        self._last = counts()
         self._since = [clock()] * len(self._last)
         self.longest_s = 0.0
 
@@ -40,7 +40,7 @@ class Watch:
     def hanging(self, busy: Sequence[bool]) -> list[int]:
         """The ranks that have work (``busy``) and have not moved for too long."""
         now = self._clock()
-        for rank, count in enumerate(self._counts.tolist()):
+        for rank, count in enumerate(self._counts()):
             moved = count - self._last[rank]
             if moved and busy[rank]:
                 self.longest_s = max(self.longest_s, (now - self._since[rank]) / moved)

@@ -1,0 +1,155 @@
+"""Several processes over the demo model: bit for bit the answers of one engine in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+
+from moe_prefill.config import EngineConfig
+from moe_prefill.core import AtomicRequest
+from moe_prefill.engine import build_engine
+from moe_prefill.errors import PlanError, UsageError
+from moe_prefill.workers import GroupEngine, Patience
+from tests.workers.helpers import harm, wait_for, workers
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "examples/demo_model"
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 24,
+    "mlp_only_layers": [1],
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
+
+
+def config_of(model: Path | str, **settings) -> EngineConfig:
+    return EngineConfig(model=str(model), device="cpu", dtype="float32", threads=1, **settings)
+
+
+def requests_of(seed: int, vocabulary: int, longest: int, count: int = 80) -> list[AtomicRequest]:
+    """Candidates, continuations with top-k, and shared prefixes."""
+    r = np.random.default_rng(seed)
+    prefix = r.integers(0, vocabulary, longest // 2)
+    made = []
+    for index in range(count):
+        tokens = r.integers(0, vocabulary, r.integers(2, longest // 2))
+        if index % 3 == 0:
+            tokens = np.concatenate([prefix[: r.integers(1, len(prefix))], tokens])
+        if index % 4 == 0:
+            made.append(AtomicRequest.continuation(tokens, 1, top_k=index % 5))
+        else:
+            made.append(AtomicRequest.candidates(tokens, r.integers(0, vocabulary, 3), salt="ab"[index % 2]))
+    return made
+
+
+def equal(a, b) -> bool:
+    names = ("logits", "log_z", "top_ids", "top_logprobs")
+    pairs = [(getattr(a, name), getattr(b, name)) for name in names]
+    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
+
+
+def check_equal(config: EngineConfig, sizes: dict[int, bool], requests: list[AtomicRequest]) -> None:
+    """``sizes``: whether to kill a worker in the middle, for each number of processes."""
+    alone = build_engine(config)
+    expected = alone.score(requests)
+    for size, kill in sizes.items():
+        engine = GroupEngine(
+            EngineConfig(**{name: getattr(config, name) for name in config.__slots__} | {"gpus": size})
+        )
+        assert engine.plan_digest == alone.plan_digest
+        assert engine.limits == alone.limits
+        if kill:
+            import threading
+
+            def kill_one(engine=engine) -> None:
+                assert wait_for(lambda: engine.stats.sweeps > 0)
+                harm(workers()[-1], signal.SIGKILL)
+
+            threading.Thread(target=kill_one).start()
+        results = engine.score(requests)
+        assert all(equal(a, b) for a, b in zip(expected, results, strict=True))
+        stats = engine.stats
+        assert (stats.sweeps, stats.requests, stats.flops, stats.computed_tokens) == (
+            alone.stats.sweeps,
+            len(requests),
+            alone.stats.flops,
+            alone.stats.computed_tokens,
+        )
+        engine.close()
+        assert (stats.restarts > 0) == kill
+        assert workers() == []
+
+
+def test_two_workers_one_of_them_killed_equal_one_engine():
+    check_equal(config_of(DEMO / "checkpoint", max_sweep_tokens=256), {2: True}, requests_of(0, 8000, 200, 200))
+
+
+def test_three_workers_equal_one_engine_under_dynamic_rope(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    check_equal(config_of(tmp_path, max_sweep_tokens=300, sharing="force"), {3: False}, requests_of(1, 97, 280))
+
+
+def test_a_hanging_worker_is_replaced():
+    config = config_of(DEMO / "checkpoint", max_sweep_tokens=256)
+    engine = GroupEngine(
+        EngineConfig(**{n: getattr(config, n) for n in config.__slots__} | {"gpus": 1}), Patience(layer_s=3)
+    )
+    harm(workers()[0], signal.SIGSTOP)
+    (result,) = engine.score(requests_of(2, 8000, 100, 1))
+    assert result.logits.shape
+    assert engine.stats.restarts == 1
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "settings"),
+    [
+        (PlanError, "GiB", {"host_gib": 0.001}),
+        (UsageError, "this machine has 0 CUDA devices", {"device": "cuda"}),
+    ],
+)
+def test_what_the_workers_refuse_is_refused_here(kind, match, settings):
+    if "device" in settings and Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    base = {"model": str(DEMO / "checkpoint"), "device": "cpu", "threads": 1, "gpus": 2}
+    with pytest.raises(kind, match=match):
+        GroupEngine(EngineConfig(**base | settings))
+    assert workers() == []
+
+
+def test_a_job_of_two_processes_killed_and_resumed_writes_the_file_of_one(tmp_path):
+    def job(output: Path, gpus: int, *flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "moe_prefill.cli", "classify", str(ROOT / "examples/data/mails.csv")]
+        command += ["--task", str(DEMO / "spam.toml"), "--model", str(DEMO / "checkpoint"), "--device", "cpu"]
+        command += ["--threads", "1", "--max-sweep-tokens", "2048", "--limit", "120", "--window-rows", "8", "--quiet"]
+        return subprocess.Popen([*command, "--gpus", str(gpus), "-o", str(output), *flags], env=os.environ)
+
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    assert job(one, 1).wait() == 0
+    first = job(two, 2)
+    parts = tmp_path / "two.csv.parts"
+    assert wait_for(lambda: len(list(parts.glob("*"))) > 4 or first.poll() is not None, 60)
+    assert first.poll() is None, "the job was over before it could be killed"
+    first.kill()
+    first.wait()
+    time.sleep(0.1)
+    assert job(two, 2, "--resume").wait() == 0
+    assert two.read_bytes() == one.read_bytes()
