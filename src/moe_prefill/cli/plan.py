@@ -27,10 +27,9 @@ _STORED = {"float16": "bfloat16"}  # what the published type is computed in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What is planned for. ``gpu``: whose datasheet speed is estimated from where there is no ``profile``."""
+    """What is planned for. ``gpu``: whose datasheet speed is estimated from where the settings name no profile."""
 
     config: EngineConfig
-    profile: str | None
     gpu: str
     tokens_per_request: int
     json: bool
@@ -59,6 +58,7 @@ def plan(
     hbm_gib: Annotated[float, typer.Option("--hbm-gib", help="Memory to use of each GPU.")],
     gpus: Annotated[int, typer.Option("--gpus", help="GPUs of one host.")] = 1,
     host_gib: Annotated[float | None, typer.Option("--host-gib", help="Host memory; default: no limit.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     strategy: Annotated[str, typer.Option("--strategy", help="asyncep, or one to compare with.")] = "asyncep",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
     quantization: Annotated[str | None, typer.Option("--quantization", help="fp8: 8-bit experts.")] = None,
@@ -81,6 +81,7 @@ def plan(
     """Memory, residency, sweep size and predicted speed of a model on given GPUs; needs neither GPU nor weights."""
     config = EngineConfig(
         model=model,
+        revision=revision,
         memory_gib=hbm_gib,
         gpus=gpus,
         host_gib=host_gib,
@@ -92,11 +93,11 @@ def plan(
         max_sweep_tokens=max_sweep_tokens,
         chunk_rows=chunk_rows,
         prefetch_depth=prefetch_depth,
+        profile=profile,
         transport=transport,  # type: ignore[arg-type]  # checked by the config
     )
     options = PlanOptions(
         config=config,
-        profile=profile,
         gpu=gpu,
         tokens_per_request=tokens_per_request,
         json=as_json,
@@ -128,19 +129,20 @@ def planned_spec(config: EngineConfig) -> ModelSpec:
     else:
         from ..checkpoint import read_config, resolve_directory
 
-        raw = read_config(resolve_directory(config.model, weights=False))
+        raw = read_config(resolve_directory(config.model, revision=config.revision, weights=False))
     spec = spec_from_hf(raw)
     return replace(spec, layers=spec.layers[: config.num_layers or spec.num_layers])
 
 
 def make_plan(options: PlanOptions, spec: ModelSpec) -> tuple[ResidencyPlan, Forecast]:
     """The plan that an engine with these settings would make, and its forecast."""
-    profile = load_profile(options.profile) if options.profile else estimated_profile(options.gpu)
+    config = options.config
+    profile = estimated_profile(options.gpu) if config.profile is None else load_profile(config.profile)
     plan = plan_for(
-        options.config,
+        config,
         spec,
         device_budget(options),
-        dtype=computed_dtype(options.config, spec),
+        dtype=computed_dtype(config, spec),
         profile=profile,
         tokens_per_request=options.tokens_per_request,
     )
