@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from moe_prefill.cli import main
 from moe_prefill.cli.job_time import predict_job
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest
+from moe_prefill.errors import UsageError
 from moe_prefill.machine import estimated_profile, save_profile
 
 
@@ -32,8 +34,6 @@ def test_without_a_profile_the_time_is_an_estimate(dry_run, capsys):
 
 
 def test_with_a_profile_the_time_is_that_machines(dry_run, tmp_path, capsys):
-    import dataclasses
-
     path = tmp_path / "profile.json"
     save_profile(dataclasses.replace(estimated_profile("cpu"), is_estimated=False, date="2026-11-24"), path)
     assert dry_run("--profile", str(path), "--gpus", "2") == 0
@@ -71,3 +71,8 @@ def test_a_small_sample_of_a_large_job_is_timed_in_full_sweeps():
     several = predicted(requests(16, 0), max_sweep_tokens=1200)
     assert predicted(requests(16, 0)) < several <= 4 * predicted(requests(16, 0))
     assert predicted(requests(16, 0), gpus=2) == pytest.approx(predicted(requests(16, 0)) / 2)
+
+
+def test_a_profile_without_8_bit_experts_is_refused_where_they_are_asked_for():
+    with pytest.raises(UsageError, match="no float8 rate for grouped"):
+        predicted(requests(1, 0), quantization="fp8")
