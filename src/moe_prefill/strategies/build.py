@@ -1,0 +1,111 @@
+"""From settings and a process group to one rank's engine. What the shapes or the memory do not allow is refused before
+weights load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import EngineConfig
+from ..core import ModelSpec
+from ..engine.build import pick_dtype
+from ..engine.load import open_model
+from ..engine.memory import free_bytes
+from ..errors import PlanError, UsageError
+from ..memory import DeviceKind, MemoryPlan, memory_plan
+from ..models.decoder import Decoder
+from ..models.weights import ExpertBank, ModelWeights
+from .collectives import Collectives, RankGroup
+from .data_parallel import ExpertDispatch, TokenGather
+from .engine import DataParallelEngine, StrategyEngine, TensorParallelEngine
+from .load import checkpoint_fill, dummy_fill, load_share
+from .memory import fit_share
+from .pipeline import PipelineEngine
+from .share import Share, share_of
+from .tensor_parallel import TensorParallelDecoder
+
+
+def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEngine:
+    """This rank's engine of ``config.strategy``; every rank calls this. Raises UsageError, ModelError or PlanError,
+    each with the numbers, on every rank alike.
+    """
+    spec, checkpoint = open_model(config.model, config.load_format, config.num_layers)
+    dtype = pick_dtype(config.dtype, spec, ranks.device)
+    share = requested_share(config, spec, ranks.rank, ranks.size)
+    memory = agreed_plan(config, share, ranks, dtype)
+    if checkpoint is None:
+        skew = config.dummy_skew or 1.0
+        fill = dummy_fill(share, dtype=dtype, device=ranks.device, seed=config.seed, skew=skew)
+    else:
+        fill = checkpoint_fill(share, checkpoint, dtype=dtype, device=ranks.device)
+    return strategy_engine(config, share, ranks, *load_share(share, fill), memory)
+
+
+def requested_share(config: EngineConfig, spec: ModelSpec, rank: int, size: int) -> Share:
+    """What the strategy gives this rank. UsageError: not one of the baselines, or not for these shapes."""
+    if config.strategy == "asyncep":
+        raise UsageError("strategy asyncep moves weights; it is not one of those that split a model over ranks")
+    return share_of(spec, config.strategy, rank, size)
+
+
+def strategy_engine(
+    config: EngineConfig,
+    share: Share,
+    ranks: RankGroup,
+    weights: ModelWeights,
+    banks: Sequence[ExpertBank | None],
+    memory: MemoryPlan,
+) -> StrategyEngine:
+    """The engine over weights that are there."""
+    collectives, dtype = Collectives(ranks), weights.embed.dtype
+    parts = (weights, banks, memory)
+    if share.name == "pp+pp":
+        return PipelineEngine(
+            share,
+            Decoder(share.spec),
+            collectives,
+            *parts,
+            micro_batches=config.micro_batches,
+            sharing=config.sharing,
+            prune_last=config.prune_last,
+        )
+    if share.splits_attention:
+        tensor_parallel = TensorParallelDecoder(share, collectives)
+        return TensorParallelEngine(
+            share, tensor_parallel, collectives, *parts, sharing=config.sharing, prune_last=config.prune_last
+        )
+    data_parallel = (
+        ExpertDispatch(share, collectives, dtype, memory.chunk_rows)
+        if share.name == "dp+ep"
+        else TokenGather(share, collectives, dtype)
+    )
+    return DataParallelEngine(
+        share, data_parallel, collectives, *parts, sharing=config.sharing, prune_last=config.prune_last
+    )
+
+
+def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
+    """Sweep and chunk sizes from the device's memory. PlanError, with the numbers, when nothing fits."""
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    limit = config.memory_gib if kind == "cuda" else config.host_gib or config.memory_gib
+    free = free_bytes(device, limit) // (1 if kind == "cuda" else share.size)
+    name = str(dtype).removeprefix("torch.")
+    sizes = {"wanted": config.max_sweep_tokens, "chunk_rows": config.chunk_rows}
+    return fit_share(share, kind, free, dtype=name, bank_dtype=name, **sizes).sweep
+
+
+def agreed_plan(config: EngineConfig, share: Share, ranks: RankGroup, dtype: torch.dtype) -> MemoryPlan:
+    """The smallest sizes that any rank has room for, since plans must be cut alike. PlanError on all ranks or none."""
+    refused, sizes = None, [0, 0]
+    try:
+        plan = plan_share(config, share, ranks.device, dtype)
+        sizes = [plan.max_sweep_tokens, plan.chunk_rows]
+    except PlanError as error:
+        refused = error
+    all_sizes = Collectives(ranks).gather_host(sizes)
+    if not all_sizes.all():
+        raise refused or PlanError(f"rank {int(all_sizes[:, 0].argmin())} has no room for its part of the model")
+    tokens, rows = all_sizes.min(axis=0).tolist()
+    return memory_plan(share.spec, dtype.itemsize, tokens, rows)

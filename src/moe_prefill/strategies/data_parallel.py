@@ -1,0 +1,157 @@
+"""Attention on each rank's own requests, experts split over ranks: dp+ep sends tokens to experts, dp+tp gathers them.
+
+Ranks go through a layer in steps, one chunk of each; a rank whose chunks are done, or that has no requests, joins the
+remaining steps without tokens. Attention, dense layers and shared experts are whole on every rank. Letters as in
+``dispatch``; M rows received.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from .. import ops
+from ..core import Int64Array
+from ..models.decoder import Decoder
+from ..models.weights import DenseWeights, ExpertBank, LayerWeights
+from ..residency import shard_of
+from .collectives import Collectives
+from .dispatch import destinations, grouped_sources, homes, pack_choices, send_order, unpack_choices
+from .share import Share
+
+
+class DataParallelDecoder(Decoder):
+    """A decoder whose experts are those of all ranks together; ``steps`` of the layer at hand are set beforehand."""
+
+    def __init__(self, share: Share, collectives: Collectives, dtype: torch.dtype) -> None:
+        super().__init__(share.whole)
+        self._share = share
+        self._collectives = collectives
+        self._dtype = dtype
+
+    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
+        if isinstance(layer.ffn, DenseWeights):
+            return super().feed_forward(layer, x_TD, bank)
+        assert bank is not None, "a sparse layer needs its share of the expert bank"
+        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
+        weights, ids = self.route(layer.ffn, normed)
+        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
+        return self.step(normed, weights, ids, bank, base)
+
+    def join(self, bank: ExpertBank) -> None:
+        """One step without tokens of its own."""
+        device, spec = self._collectives.ranks.device, self.spec
+        nothing = torch.empty(0, spec.hidden_size, dtype=self._dtype, device=device)
+        weights = torch.empty(0, spec.top_k, dtype=torch.float32, device=device)
+        self.step(nothing, weights, weights.long(), bank, nothing)
+
+    def begin_layer(self, steps: Int64Array) -> None:
+        """``steps``: rows of every rank in every step, [steps, N]."""
+        self._steps = iter(steps)
+
+    @abstractmethod
+    def step(
+        self,
+        normed_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        bank: ExpertBank,
+        base_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        """``base + sum of the weighted experts`` of this rank's rows, all ranks taking part; [T, D]."""
+
+
+class ExpertDispatch(DataParallelDecoder):
+    """dp+ep: all-to-all with variable splits, there and back.
+
+    A row travels once to a rank, with the ids and weights of all its experts there; the rank sends back one row, their
+    weighted sum. Rows of the two exchanges are counted before they are sent, and the counts are read on the host: the
+    one wait of a step, which the sizes of the receive buffers make necessary.
+    """
+
+    def __init__(self, share: Share, collectives: Collectives, dtype: torch.dtype, chunk_rows: int) -> None:
+        super().__init__(share, collectives, dtype)
+        size, experts = share.size, share.whole.num_experts
+        starts = [shard_of(experts, rank, size).start for rank in range(size)]
+        self._starts = torch.tensor(starts, device=collectives.ranks.device)
+        self._most_pairs = 2 * chunk_rows * share.whole.top_k
+
+    def step(
+        self,
+        normed_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        bank: ExpertBank,
+        base_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        to = destinations(ids_TK, self._starts)
+        send, receive, pairs = self._exchange_counts(to.counts)
+        rank_S, token_S = send_order(to, sum(send))
+        own_SK = to.owner[token_S] == rank_S[:, None]
+        ids_SK = torch.where(own_SK, ids_TK[token_S] - self._starts[rank_S, None], self.spec.num_experts)
+        packed = pack_choices(weights_TK[token_S], ids_SK)
+        rows_MD = self._collectives.all_to_all(normed_TD[token_S], send, receive, "dispatch")
+        choices = self._collectives.all_to_all(packed, send, receive, "dispatch")
+        sums_MD = self._weighted_sums(rows_MD, choices, bank, receive, pairs)
+        sums_SD = self._collectives.all_to_all(sums_MD, receive, send, "combine")
+        if not len(base_TD):
+            return base_TD
+        return ops.combine(sums_SD, homes(to), to.needed.t().to(torch.float32), base_TD)
+
+    def _exchange_counts(self, counts_N2: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Rows to send to every rank, rows to receive from it, and the pairs among these."""
+        each = [1] * len(counts_N2)
+        theirs = self._collectives.all_to_all(counts_N2, each, each, "counts")
+        send, receive, pairs = torch.stack([counts_N2[:, 0], theirs[:, 0], theirs[:, 1]]).tolist()
+        return send, receive, pairs
+
+    def _weighted_sums(
+        self, rows_MD: torch.Tensor, choices: torch.Tensor, bank: ExpertBank, rows: list[int], pairs: list[int]
+    ) -> torch.Tensor:
+        weights_MK, ids_MK = unpack_choices(choices)
+        sums = [
+            ops.experts(
+                rows_MD[part],
+                weights_MK[part],
+                ids_MK[part],
+                bank.gate_up,
+                bank.down,
+                torch.zeros_like(rows_MD[part]),
+                num_rows=count,
+            )
+            for part, count in grouped_sources(rows, pairs, self._most_pairs)
+        ]
+        return torch.cat(sums) if len(sums) > 1 else [*sums, rows_MD][0]
+
+
+class TokenGather(DataParallelDecoder):
+    """dp+tp: all ranks' rows are gathered, every rank computes its channels of all their experts, and the parts are
+    summed where the rows came from (reduce-scatter). RankGroup with fewer rows in a step pad to the longest.
+    """
+
+    def step(
+        self,
+        normed_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        bank: ExpertBank,
+        base_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        sizes = next(self._steps).tolist()
+        longest, total = max(sizes), sum(sizes)
+        assert len(normed_TD) == sizes[self._share.rank], (len(normed_TD), sizes)
+        choices = pack_choices(weights_TK, ids_TK)
+        nowhere = ids_TK.new_full((1, self.spec.top_k), self.spec.num_experts)
+        elsewhere = pack_choices(torch.zeros_like(nowhere, dtype=torch.float32), nowhere)
+        rows = self._collectives.all_gather(_padded(normed_TD, longest, normed_TD.new_zeros(1, 1)))
+        weights, ids = unpack_choices(self._collectives.all_gather(_padded(choices, longest, elsewhere)))
+        num_rows = None if total == len(rows) else total * self.spec.top_k
+        part = ops.experts(rows, weights, ids, bank.gate_up, bank.down, torch.zeros_like(rows), num_rows=num_rows)
+        return base_TD + self._collectives.reduce_scatter(part)[: len(base_TD)]
+
+
+def _padded(rows: torch.Tensor, length: int, filler: torch.Tensor) -> torch.Tensor:
+    if len(rows) == length:
+        return rows
+    return torch.cat([rows, filler.expand(length - len(rows), rows.shape[1])])

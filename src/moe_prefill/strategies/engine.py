@@ -1,0 +1,109 @@
+"""The engine of one rank under tp and dp: the plain engine's planning and answers around another way through a layer.
+
+All ranks call ``score`` together. Under dp each has a list of its own, possibly empty; under tp (and pp, see
+``pipeline``) all are given the same list, and all return its answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from ..config import Sharing
+from ..core import AtomicRequest
+from ..engine.local import Answer, LocalEngine
+from ..engine.plan import SweepPlan
+from ..engine.sweep import SweepOutput, read_head, rope_rows, run_layer
+from ..experts import ResidentBanks
+from ..memory import MemoryPlan
+from ..models.decoder import Decoder
+from ..models.weights import ExpertBank, ModelWeights
+from .collectives import Collectives
+from .data_parallel import DataParallelDecoder
+from .lockstep import Lockstep
+from .share import Share
+
+
+class StrategyEngine(LocalEngine):
+    """What the strategies have in common: a share of the weights, and collectives that are counted.
+
+    ``traffic`` says what this device has sent so far, layer by layer.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        decoder: Decoder,
+        collectives: Collectives,
+        weights: ModelWeights,
+        banks: Sequence[ExpertBank | None],
+        memory: MemoryPlan,
+        *,
+        sharing: Sharing = "auto",
+        prune_last: bool = True,
+    ) -> None:
+        device = collectives.ranks.device
+        super().__init__(
+            share.whole, weights, ResidentBanks(banks), memory, device=device, sharing=sharing, prune_last=prune_last
+        )
+        self.share = share
+        self.traffic = collectives.traffic
+        self._decoder = decoder
+        self._collectives = collectives
+
+    @property
+    def plan_digest(self) -> str:
+        facts = f"{super().plan_digest} {self.share.name} {self.share.rank}/{self.share.size}"
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+
+class TensorParallelEngine(StrategyEngine):
+    """tp+tp, tp+ep: every rank computes every sweep, so all plans are the same and ranks are in step by themselves."""
+
+    def _run(self, plan: SweepPlan) -> SweepOutput:
+        x = self._weights.embed.index_select(0, plan.tokens)
+        rope = rope_rows(plan, x.dtype)
+        for index, layer in enumerate(self._weights.layers):
+            self.traffic.layer = index
+            x = run_layer(plan, self._decoder, layer, self._banks.acquire(index), index, x, rope)
+        return read_head(plan, self._decoder, self._weights, x)
+
+
+class DataParallelEngine(StrategyEngine):
+    """dp+ep, dp+tp: before a sweep, ranks tell one another its size on the host; a rank without one joins empty."""
+
+    _decoder: DataParallelDecoder
+
+    def score(self, requests: Sequence[AtomicRequest]) -> list[Answer]:
+        answers = super().score(requests)
+        with torch.inference_mode():
+            while not (lockstep := self._next_sweep(0, 0)).is_over:
+                self._through_layers(lockstep, None)
+        return answers
+
+    def _run(self, plan: SweepPlan) -> SweepOutput:
+        x = self._through_layers(self._next_sweep(plan.forest.num_tokens, plan.last_rows), plan)
+        assert x is not None
+        return read_head(plan, self._decoder, self._weights, x)
+
+    def _next_sweep(self, tokens: int, last_rows: int) -> Lockstep:
+        return Lockstep(self._collectives.gather_host([tokens, last_rows]), self.memory.chunk_rows)
+
+    def _through_layers(self, lockstep: Lockstep, plan: SweepPlan | None) -> torch.Tensor | None:
+        x = rope = None
+        if plan is not None:
+            x = self._weights.embed.index_select(0, plan.tokens)
+            rope = rope_rows(plan, x.dtype)
+        for index, layer in enumerate(self._weights.layers):
+            self.traffic.layer = index
+            bank = self._banks.acquire(index)
+            steps = lockstep.steps(last=index == self.spec.num_layers - 1)
+            self._decoder.begin_layer(steps)
+            if plan is not None and x is not None and rope is not None:
+                x = run_layer(plan, self._decoder, layer, bank, index, x, rope)
+            if bank is not None:
+                for _ in range(int((steps[:, self.share.rank] == 0).sum())):
+                    self._decoder.join(bank)
+        return x

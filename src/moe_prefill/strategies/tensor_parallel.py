@@ -1,0 +1,59 @@
+"""Attention split over heads, every rank with all tokens: tp+tp and tp+ep.
+
+A layer has two all-reduces: after the output projection, and after the feed-forward, whose experts are split over their
+channels (tp+tp) or by index (tp+ep). Letters as in the models room.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import ops
+from ..models.decoder import Decoder
+from ..models.weights import AttentionWeights, DenseWeights, ExpertBank, LayerWeights
+from .collectives import Collectives
+from .share import Share
+
+
+class TensorParallelDecoder(Decoder):
+    """The mathematics of a rank's share, summed over ranks wherever a residual is written."""
+
+    def __init__(self, share: Share, collectives: Collectives) -> None:
+        super().__init__(share.spec)
+        self._experts = share.experts
+        self._splits_banks = len(share.experts) < share.whole.num_experts
+        self._collectives = collectives
+
+    def attention_output(
+        self, weights: AttentionWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor
+    ) -> torch.Tensor:
+        return residual_TD + self._collectives.all_reduce(self.project_output(weights, attended_THd))
+
+    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
+        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
+        if isinstance(layer.ffn, DenseWeights):
+            return x_TD + self._collectives.all_reduce(self.dense(layer.ffn, normed))
+        assert bank is not None, "a sparse layer needs its share of the expert bank"
+        weights, ids = self.route(layer.ffn, normed)
+        base = torch.zeros_like(x_TD) if layer.ffn.shared is None else self.shared(layer.ffn, normed)
+        ids, num_rows = self._within_bank(ids)
+        part = ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, num_rows=num_rows)
+        return x_TD + self._collectives.all_reduce(part)
+
+    def norm_all_heads(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The mean square over all heads is the mean of the ranks' own: each holds equally many, and a key/value head
+        that several hold is held equally often as any other.
+        """
+        wide = flat.float()
+        mean = self._collectives.all_reduce(wide.square().mean(-1, keepdim=True)) / self._collectives.ranks.size
+        return weight * (wide * torch.rsqrt(mean + self.spec.norm_eps)).to(flat.dtype)
+
+    def _within_bank(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """Ids counted from this rank's first expert, those of other ranks moved past its last; how many are its own.
+
+        Reads that count on the host: a chunk's rows must be allocated for it.
+        """
+        if not self._splits_banks:
+            return ids_TK, None
+        own = (ids_TK >= self._experts.start) & (ids_TK < self._experts.stop)
+        return torch.where(own, ids_TK - self._experts.start, len(self._experts)), int(own.sum())

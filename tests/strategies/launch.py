@@ -1,0 +1,54 @@
+"""Runs cases in processes of their own, once for all of them: importing torch takes longer than the cases do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from moe_prefill.core import ModelSpec
+from tests.reference import Converted
+from tests.strategies.worker import Case, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+START = "import sys; from tests.strategies import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
+Model = tuple[ModelSpec, dict[str, torch.Tensor]]
+
+
+def in_memory(converted: Converted) -> Model:
+    """Spec and every slot, banks included."""
+    slots = {name: tensor.detach().clone() for name, tensor in converted.slots.items()}
+    for layer, bank in enumerate(converted.banks):
+        if bank is not None:
+            slots[f"banks.{layer}.gate_up"] = bank.gate_up.detach().clone()
+            slots[f"banks.{layer}.down"] = bank.down.detach().clone()
+    return converted.spec, slots
+
+
+def run(folder: Path, cases: list[Case], models: dict[str, Model]) -> list[list[Outcome]]:
+    """The outcomes of every case, rank by rank."""
+    torch.save({"cases": cases, "models": models}, folder / "job.pt")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = range(max(case.size for case in cases))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(folder), str(rank)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    try:
+        for worker in workers:
+            output, _ = worker.communicate(timeout=300)
+            assert worker.returncode == 0, output
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    saved = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in ranks]
+    return [[saved[rank][number] for rank in range(case.size)] for number, case in enumerate(cases)]

@@ -1,0 +1,89 @@
+"""Every strategy equals the plain engine, and sends exactly the bytes that docs/communication.md derives."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from moe_prefill.errors import UsageError
+from moe_prefill.models import spec_from_hf
+from moe_prefill.strategies import NAMES, share_of
+from tests.engine.test_equality import comparable_requests
+from tests.reference import FAMILIES, convert, engine_of, everything, random_config, random_model
+from tests.strategies import launch
+from tests.strategies.worker import Case
+
+SIZES = (2, 4, 3)
+DRAWS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
+OPTIONS = (
+    {"sharing": "off", "chunk_rows": 33},
+    {"sharing": "force", "chunk_rows": 7, "sweep_tokens": 100},
+    {"sharing": "force", "sweep_tokens": 150, "micro_batches": 3},
+    {"sharing": "off", "sweep_tokens": 80, "prune_last": False},
+)
+
+
+def possible_seeds(family: str, strategy: str, size: int):
+    """Configurations of the family that the strategy can split so; the experts of some families never by three."""
+    for seed in range(100):
+        try:
+            share_of(spec_from_hf(random_config(family, seed).to_dict()), strategy, 0, size)
+        except UsageError:
+            continue
+        yield seed
+
+
+def divided(requests: list, strategy: str, size: int) -> list[list]:
+    """Under dp unevenly, with nothing for the last rank; otherwise the same for all."""
+    if not strategy.startswith("dp+"):
+        return [requests] * size
+    return [requests[rank :: size - 1] if rank < size - 1 else [] for rank in range(size)]
+
+
+def all_cases() -> tuple[list[Case], dict, dict]:
+    models, sequences, cases = {}, {}, []
+    options = itertools.cycle(OPTIONS)
+    for size, strategy, family in itertools.product(SIZES, NAMES, FAMILIES):
+        for seed in itertools.islice(possible_seeds(family, strategy, size), DRAWS):
+            key = f"{family}-{seed}"
+            if key not in models:
+                model = random_model(family, seed)
+                models[key], sequences[key] = convert(model), comparable_requests(model, seed)
+            requests = divided([everything(t) for t in sequences[key]], strategy, size)
+            cases.append(Case(key, strategy, size, requests, **next(options)))
+    return cases, models, sequences
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    cases, models, _ = all_cases()
+    outcomes = launch.run(
+        tmp_path_factory.mktemp("strategies"), cases, {key: launch.in_memory(m) for key, m in models.items()}
+    )
+    return list(zip(cases, outcomes, strict=True)), models
+
+
+def test_every_strategy_equals_the_plain_engine(ran):
+    runs, models = ran
+    for case, outcomes in runs:
+        plain = engine_of(models[case.model])
+        for requests, outcome in zip(case.requests, outcomes, strict=True):
+            for want, got in zip(plain.score(requests), outcome.results, strict=True):
+                assert np.abs(got.logits - want.logits).max() <= 1e-4 * np.abs(want.logits).max(), case
+                np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cases_cover_what_is_hard(ran):
+    runs, models = ran
+    specs = [(case, models[case.model].spec) for case, _ in runs]
+    assert {(case.strategy, case.size) for case, _ in specs} == set(itertools.product(NAMES, SIZES))
+    split = [(case.size, spec) for case, spec in specs if case.strategy.startswith("tp+")]
+    assert any(spec.num_kv_heads % size for size, spec in split), "key/value heads held by several ranks"
+    assert any(spec.qk_norm == "full" for _, spec in split)
+    assert any(spec.qkv_bias and spec.out_bias for _, spec in split)
+    assert any(spec.num_sparse_layers < spec.num_layers for _, spec in split), "dense layers"
+    assert any(layer.window for _, spec in split for layer in spec.layers)
+    by_index = [spec.num_experts % case.size for case, spec in specs if case.strategy.endswith("+ep")]
+    assert any(by_index), "expert counts that the ranks do not divide"
+    assert any(len({outcome.sweeps for outcome in outcomes}) > 2 for _, outcomes in runs), "unequal work"

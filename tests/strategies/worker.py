@@ -1,0 +1,83 @@
+"""One rank of the strategy tests: runs every case that has a place for it and writes down what it answered and sent."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_prefill.config import EngineConfig
+from moe_prefill.core import AtomicRequest, ModelSpec
+from moe_prefill.memory import memory_plan
+from moe_prefill.strategies import RankGroup, share_of, strategy_engine
+from moe_prefill.strategies.load import load_share
+
+
+@dataclass(frozen=True)
+class Case:
+    """``requests``: of every rank. Sizes as in a memory plan."""
+
+    model: str
+    strategy: str
+    size: int
+    requests: list[list[AtomicRequest]]
+    sharing: str = "off"
+    sweep_tokens: int = 4096
+    chunk_rows: int = 64
+    micro_batches: int = 2
+    prune_last: bool = True
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of a case. ``ids``: routed expert ids [T, K] of each chunk, by layer, with the layer set."""
+
+    results: list
+    sent: dict[tuple[int, str], Fraction]
+    ids: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    sweeps: int = 0
+
+
+def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group: RankGroup) -> Outcome:
+    share = share_of(spec, case.strategy, group.rank, group.size)
+    config = EngineConfig(
+        model="in memory",
+        strategy=case.strategy,
+        sharing=case.sharing,
+        micro_batches=case.micro_batches,
+        prune_last=case.prune_last,
+    )
+    weights, banks = load_share(share, lambda slot, shape, rows: slots[slot][rows.start : rows.stop])
+    memory = memory_plan(share.spec, slots["embed"].element_size(), case.sweep_tokens, case.chunk_rows)
+    engine = strategy_engine(config, share, group, weights, banks, memory)
+    outcome = Outcome([], engine.traffic.sent)
+    route = engine._decoder.route
+
+    def recorded(*args):
+        weights, ids = route(*args)
+        outcome.ids.setdefault(engine.traffic.layer, []).append(ids.numpy().copy())
+        return weights, ids
+
+    engine._decoder.route = recorded
+    outcome.results = engine.score(case.requests[group.rank])
+    outcome.sweeps = engine.stats.sweeps
+    return outcome
+
+
+def main(path: str, rank: int) -> None:
+    folder = Path(path)
+    torch.set_num_threads(1)
+    job = torch.load(folder / "job.pt", weights_only=False)
+    outcomes: dict[int, Outcome] = {}
+    for size in sorted({case.size for case in job["cases"]}):
+        if rank >= size:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+        group = RankGroup.of_world(torch.device("cpu"))
+        for number, case in enumerate(job["cases"]):
+            if case.size == size:
+                outcomes[number] = run_case(case, *job["models"][case.model], group)
+        dist.destroy_process_group()
+    torch.save(outcomes, folder / f"rank{rank}.pt")
