@@ -20,7 +20,7 @@ CONFIG = EngineConfig(model=str(MODEL), device="cpu", threads=1)
 
 
 def test_a_smaller_memory_with_the_sizes_of_the_first_plan_is_the_same_plan():
-    with_much, with_little = (build.build_engine(dataclasses.replace(CONFIG, host_gib=gib)) for gib in (1.0, 0.08))
+    with_much, with_little = (build.build_engine(dataclasses.replace(CONFIG, host_gib=gib)) for gib in (1.0, 0.05))
     assert with_much.plan_digest != with_little.plan_digest
     sizes = {name: getattr(with_little.limits, name) for name in ("max_sweep_tokens", "chunk_rows")}
     again = build.build_engine(dataclasses.replace(CONFIG, host_gib=1.0, **sizes))

@@ -72,6 +72,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         rounds=banks.in_rounds,
         on_layer=None if layers_done is None else LayerCounter(layers_done, device),
         trace=trace,
+        residency=plan,
     )
 
 

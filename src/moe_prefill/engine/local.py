@@ -22,6 +22,7 @@ from ..machine import datasheet_peak
 from ..memory import MemoryPlan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
+from ..residency import ResidencyPlan
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
@@ -47,7 +48,8 @@ class LocalEngine:
 
     ``rounds``: the banks come in rounds with those of other ranks, so every rank must be given the same number of
     sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
-    ``transfers``: what streaming cost each of the last sweeps; ``trace`` is told of every one.
+    ``residency``: where the banks live, for reports. ``transfers``: what streaming cost each of the last sweeps;
+    ``trace`` is told of every one.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LocalEngine:
         rounds: bool = False,
         on_layer: Callable[[], None] | None = None,
         trace: TraceWriter | None = None,
+        residency: ResidencyPlan | None = None,
     ) -> None:
         self.spec = spec
         self.memory = memory
@@ -78,6 +81,7 @@ class LocalEngine:
         self.rounds = rounds
         self._on_layer = on_layer
         self._trace = trace
+        self.residency = residency
         self.transfers: deque[TransferStats] = deque(maxlen=_SWEEPS_KEPT)
         self._stats = RunStats()
 
