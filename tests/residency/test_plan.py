@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_prefill.core import LayerSpec, ModelSpec, RopeSpec
 from moe_prefill.errors import PlanError, UsageError
 from moe_prefill.machine import estimated_profile
-from moe_prefill.memory import GIB, largest_sweep, memory_plan, plan_memory
+from moe_prefill.memory import GIB, largest_sweep, memory_plan, plan_memory, sweep_sizes
 from moe_prefill.models import preset, spec_from_hf
 from moe_prefill.residency import (
     Budget,
@@ -254,9 +254,9 @@ def worth(found: ResidencyPlan, wanted: int | None) -> tuple[int, ...]:
     """What the rule prefers, in its order: everything resident, or in the devices' memory, beside a good sweep; a sweep
     that is large enough; large chunks; the best levels; tokens beyond enough.
     """
-    enough = {"cuda": 65536, "cpu": 16384}[found.budget.kind]
+    enough, usual = sweep_sizes(found.budget.kind, None, None)[0]
     tokens, chunk = found.sweep.max_sweep_tokens, found.sweep.chunk_rows
-    least = {"cuda": 4096, "cpu": 1024}[found.budget.kind]
+    least = usual // 4
     good = chunk >= min(least, tokens) and (wanted is not None or tokens >= least)
     host = found.count("hybrid") + found.count("offloaded")
     stage = good * ((host == 0) * (found.budget.ranks > 1) + 2 * (found.num_streamed == 0))

@@ -3,7 +3,8 @@ Torch-free.
 """
 
 from .levels import Level, Levels, parse_residency, residency_map
-from .plan import Budget, Pins, ResidencyPlan, Speed, plan_residency, weight_bytes
+from .plan import Budget, Pins, ResidencyPlan, Speed
+from .planner import plan_residency, weight_bytes
 from .record import (
     DTYPE_BYTES,
     RECORD_ALIGNMENT,

@@ -42,6 +42,28 @@ def levels_of(spec: ModelSpec, counts: Mapping[Level, int]) -> Levels:
     return tuple(levels)
 
 
+def prefetch_depth(levels: Levels, pinned: int | None = None) -> int:
+    """How many banks, or staged shards, fill ahead of the one that is read."""
+    return pinned or (2 if "hybrid" in levels else 1)
+
+
+def bank_buffers(levels: Levels, pinned_depth: int | None = None) -> int:
+    """One bank is read while others fill; where shards are staged first, one fills from those."""
+    if not num_streamed(levels):
+        return 0
+    return 2 if "hybrid" in levels else prefetch_depth(levels, pinned_depth) + 1
+
+
+def staged_shards(levels: Levels, pinned_depth: int | None = None) -> int:
+    """Shards of this rank on their way from the host to the peers."""
+    return prefetch_depth(levels, pinned_depth) + 1 if "hybrid" in levels else 0
+
+
+def num_streamed(levels: Levels) -> int:
+    """Layers whose bank moves."""
+    return sum(level not in (None, "resident") for level in levels)
+
+
 def residency_map(levels: Sequence[Level | None]) -> str:
     """One letter a layer: R resident, S sharded, O offloaded, H hybrid, - dense. ``parse_residency`` reads it."""
     return "".join(LETTERS[level] for level in levels)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..config import EngineConfig
 from ..core import ModelSpec
 from ..machine import MachineProfile
-from .plan import Budget, Pins, ResidencyPlan, plan_residency
+from .plan import Budget, Pins, ResidencyPlan
+from .planner import plan_residency
 from .speed import predicted_speed
 
 TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests

@@ -7,8 +7,8 @@ from dataclasses import replace
 from ..core import ModelSpec
 from ..costmodel import Batch, Peer, SweepPrediction, predict_sweep
 from ..machine import MachineProfile
-from .levels import Levels
-from .plan import Speed, bank_buffers
+from .levels import Levels, bank_buffers
+from .plan import Speed
 from .record import bank_bytes
 
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float8_e4m3fn": "float8"}  # of products, by storage

@@ -1,0 +1,254 @@
+"""The residency plan: from a model and the memory of a rank to the level of every layer, the buffers that streams need
+and the size of a sweep.
+
+The rule. Banks get the best level that fits (resident before sharded before hybrid or offloaded) beside a sweep that
+is large enough; streamed layers are spread over depth. How large is enough: what the user asks for; else, where a
+speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU). A
+sweep gets smaller than that where nothing fits otherwise, or, down to a quarter and with chunks of a quarter, where all
+banks so become resident or need no host. It grows into memory that no further bank can use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ..core import ModelSpec
+from ..errors import PlanError, UsageError
+from ..memory import (
+    GIB,
+    grown,
+    is_good,
+    largest_sweep,
+    memory_plan,
+    show_bytes,
+    sweep_sizes,
+    sweep_steps,
+)
+from ..shapes import slot_shapes
+from .levels import (
+    Level,
+    Levels,
+    bank_buffers,
+    levels_of,
+    num_streamed,
+    parse_residency,
+    prefetch_depth,
+    staged_shards,
+)
+from .plan import Budget, Pins, ResidencyPlan, Speed
+from .record import DTYPE_BYTES, bank_bytes, shard_bytes
+
+_RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
+_HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
+_FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
+_SAME_SPEED = 0.995
+
+
+def plan_residency(
+    spec: ModelSpec,
+    budget: Budget,
+    *,
+    dtype: str,
+    bank_dtype: str,
+    pins: Pins | None = None,
+    speed: Speed | None = None,
+) -> ResidencyPlan:
+    """The plan of every rank. ``dtype`` and ``bank_dtype`` are names in ``DTYPE_BYTES``.
+
+    UsageError: pins that contradict the model or the number of ranks. PlanError: it does not fit, with the bytes by
+    purpose, what is missing, and the largest sweep that would fit.
+    """
+    planner = _Planner(spec, budget, dtype, bank_dtype, pins or Pins())
+    return planner.fastest(speed) if speed is not None and planner.free_to_choose else planner.by_rule()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    levels: Levels
+    tokens: int
+    chunk_rows: int
+
+
+class _Planner:
+    """Enumerates candidates and keeps those that fit."""
+
+    def __init__(self, spec: ModelSpec, budget: Budget, dtype: str, bank_dtype: str, pins: Pins) -> None:
+        if pins.prefetch_depth is not None and pins.prefetch_depth < 1:
+            raise UsageError(f"--prefetch-depth is {pins.prefetch_depth}; it must be at least 1")
+        self.spec, self.budget, self.pins = spec, budget, pins
+        self.dtype, self.bank_dtype, self.element = dtype, bank_dtype, DTYPE_BYTES[dtype]
+        self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
+        self.weights = weight_bytes(spec, self.element)
+        self.pinned = parse_residency(pins.residency or "auto", spec, budget.ranks)
+        self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
+
+    @property
+    def free_to_choose(self) -> bool:
+        return self.pins.max_sweep_tokens is None
+
+    def by_rule(self) -> ResidencyPlan:
+        """The first that fits: everything resident beside a good sweep, then everything in the devices' memory, then
+        any levels beside any sweep.
+        """
+        found = next(filter(None, self._tries()), None)
+        if found is None:
+            raise self._refusal()
+        if self.free_to_choose:
+            found = replace(found, tokens=grown(self.budget.kind, found.tokens, self._room(found)))
+        return self._plan(found)
+
+    def fastest(self, speed: Speed) -> ResidencyPlan:
+        """The candidate of the highest predicted tokens/s; where that hardly differs, fewer streamed layers, then
+        larger chunks, then sweeps of usual size. Sweeps too small to be among the steps go by the rule.
+        """
+        rows = list(dict.fromkeys(chunk for _, chunk in self.sizes[:3]))
+        steps = sweep_steps(self.budget.kind)
+        found = [self._best_levels((tokens, chunk)) for tokens in steps for chunk in rows]
+        rated = [(speed(each.levels, each.tokens, each.chunk_rows), each) for each in found if each is not None]
+        if not rated:
+            return self.by_rule()
+        least = _SAME_SPEED * max(rate for rate, _ in rated)
+        best = max(
+            (each for rate, each in rated if rate >= least),
+            key=lambda each: (-num_streamed(each.levels), each.chunk_rows, -abs(each.tokens - steps[2])),
+        )
+        return self._plan(best)
+
+    def _tries(self) -> Iterator[_Candidate | None]:
+        pins = self.pins
+        sizes = (pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
+        if self.pinned is None:
+            good = [size for size in self.sizes if is_good(self.budget.kind, size, *sizes)]
+            yield from (self._first([{"resident": self.spec.num_sparse_layers}], size) for size in good)
+            if self.budget.ranks > 1:
+                yield from (self._first(self._counts(host=False), size) for size in good)
+        yield from map(self._best_levels, self.sizes)
+
+    def _best_levels(self, size: tuple[int, int]) -> _Candidate | None:
+        """The best levels that fit beside a sweep of this size, or None."""
+        return (
+            self._first(self._counts(), size) if self.pinned is None else self._fitting(_Candidate(self.pinned, *size))
+        )
+
+    def _first(self, counts: Iterable[Mapping[Level, int]], size: tuple[int, int]) -> _Candidate | None:
+        return next((c for each in counts if (c := self._fitting(self._candidate(each, size)))), None)
+
+    def _counts(self, *, host: bool = True) -> Iterator[dict[Level, int]]:
+        """Counts of levels from best to worst; each takes less device memory than the one before it, but for the first
+        that need buffers.
+        """
+        total = self.spec.num_sparse_layers
+        for resident in range(total, -1, -1):
+            yield {"resident": resident, ("offloaded" if self.budget.ranks == 1 else "sharded"): total - resident}
+        if host and self.budget.ranks > 1:
+            for sharded in range(total - 1, -1, -1):
+                yield {"sharded": sharded, "hybrid": total - sharded}
+
+    def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
+        return _Candidate(levels_of(self.spec, counts), *size)
+
+    def _fitting(self, candidate: _Candidate) -> _Candidate | None:
+        device, host = self._device_bytes(candidate), self._host_bytes(candidate.levels)
+        fits = sum(device.values()) <= self.budget.device_bytes and sum(host.values()) <= self.budget.host_bytes
+        return candidate if fits else None
+
+    def _device_bytes(self, candidate: _Candidate) -> dict[str, int]:
+        """Bytes of one rank by purpose."""
+        sweep = memory_plan(self.spec, self.element, candidate.tokens, candidate.chunk_rows)
+        return {
+            **self.weights,
+            **self._banks(candidate.levels),
+            **sweep.bytes_by_purpose,
+            "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
+        }
+
+    def _banks(self, levels: Levels) -> dict[str, int]:
+        depth = self.pins.prefetch_depth
+        return {
+            "resident banks": levels.count("resident") * self.bank,
+            "shards": levels.count("sharded") * self.shard,
+            "bank buffers": bank_buffers(levels, depth) * self.bank,
+            "staged shards": staged_shards(levels, depth) * self.shard,
+        }
+
+    def _reserve(self) -> int:
+        return min(_RESERVE, self.budget.device_bytes // 16)
+
+    def _host_bytes(self, levels: Levels) -> dict[str, int]:
+        """Pinned bytes of one rank, and what its process needs beside them; nothing where nothing is pinned."""
+        pinned = levels.count("offloaded") * self.bank + levels.count("hybrid") * self.shard
+        reserve = min(_HOST_RESERVE // self.budget.ranks, self.budget.host_bytes // 16) if pinned else 0
+        return {"pinned banks": pinned, "process reserve": reserve}
+
+    def _room(self, candidate: _Candidate) -> int:
+        """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
+        fixed = sum(self.weights.values()) + sum(self._banks(candidate.levels).values()) + self._reserve()
+        left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
+        return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
+
+    def _leanest(self, size: tuple[int, int]) -> _Candidate:
+        """The levels of the least device memory that the host has room for, with a sweep of this size."""
+        if self.pinned is not None:
+            return _Candidate(self.pinned, *size)
+        fitting = [self._candidate(counts, size) for counts in self._counts()]
+        fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
+        return min(fitting, key=lambda c: sum(self._banks(c.levels).values()))
+
+    def _plan(self, chosen: _Candidate) -> ResidencyPlan:
+        sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
+        least, depth = self.sizes[-1][1], self.pins.prefetch_depth
+        streamed = self._leanest((1, least))
+        return ResidencyPlan(
+            levels=chosen.levels,
+            ranks=self.budget.ranks,
+            dtype=self.dtype,
+            bank_dtype=self.bank_dtype,
+            bank_bytes=self.bank,
+            shard_bytes=self.shard,
+            prefetch_depth=prefetch_depth(chosen.levels, depth),
+            bank_buffers=bank_buffers(chosen.levels, depth),
+            staged_shards=staged_shards(chosen.levels, depth),
+            sweep=sweep,
+            longest_request=min(self.spec.max_positions, chosen.tokens),
+            largest_sweep_tokens=self._room(replace(chosen, chunk_rows=least)),
+            largest_streamed_tokens=self._room(streamed),
+            device_bytes=self._device_bytes(chosen),
+            host_bytes=self._host_bytes(chosen.levels),
+            budget=self.budget,
+        )
+
+    def _refusal(self) -> PlanError:
+        """Say what the leanest plan would need, and what there is."""
+        least = self.sizes[-1]
+        leanest = self._leanest(least)
+        device, host = self._device_bytes(leanest), self._host_bytes(leanest.levels)
+        room = self._room(leanest)
+        where = f"{self.budget.ranks} GPU{'s' * (self.budget.ranks > 1)}" if self.budget.kind == "cuda" else "CPU"
+        lines = [f"  {name}: {show_bytes(size)}" for name, size in {**device, **host}.items() if size]
+        levels = ", ".join(f"{leanest.levels.count(lv)} {lv}" for lv in dict.fromkeys(filter(None, leanest.levels)))
+        largest = f"the largest sweep that fits has {room:,} tokens" if room else "no sweep fits, however small"
+        return PlanError(
+            f"the model does not fit on {where}: with banks {levels or 'nowhere'} and a sweep of {least[0]:,} "
+            f"token{'s' * (least[0] != 1)}, each rank needs {show_bytes(sum(device.values()))} of device memory and "
+            f"there are {show_bytes(self.budget.device_bytes)}; {show_bytes(sum(host.values()))} of host memory and "
+            f"there are {show_bytes(self.budget.host_bytes)}\n" + "\n".join(lines) + f"\n{largest}; "
+            f"{self._remedy(host)}"
+        )
+
+    def _remedy(self, host: Mapping[str, int]) -> str:
+        missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)
+        more = "more GPUs, more device memory (--hbm-gib), 8-bit experts (--quantization fp8)"
+        if self.pinned is not None:
+            return f"use --residency auto, a smaller --max-sweep-tokens, or {more}"
+        if sum(host.values()) + self.bank > self.budget.host_bytes and missing > self.budget.host_bytes:
+            return f"give more host memory (--host-gib; all banks take {show_bytes(missing)} a GPU), {more}"
+        return f"use a smaller --max-sweep-tokens, {more}"
+
+
+def weight_bytes(spec: ModelSpec, element: int) -> dict[str, int]:
+    """Bytes of everything but the banks, by purpose; each rank of asyncep holds all of it."""
+    sizes = {name: math.prod(shape) * element for name, shape in slot_shapes(spec).items()}
+    ends = sum(size for name, size in sizes.items() if name in ("embed", "lm_head"))
+    return {"embedding and head": ends, "attention, routers, dense": sum(sizes.values()) - ends}
