@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_prefill.core import LayerSpec, ModelSpec, RopeSpec
 from moe_prefill.errors import PlanError, UsageError
 from moe_prefill.machine import estimated_profile
-from moe_prefill.memory import GIB, largest_sweep, memory_plan, plan_memory, sweep_sizes
+from moe_prefill.memory import GIB, is_good, largest_sweep, memory_plan, plan_memory, sweep_sizes
 from moe_prefill.models import preset, spec_from_hf
 from moe_prefill.residency import (
     Budget,
@@ -251,16 +251,23 @@ def test_more_memory_is_never_worse(spec, budget, bank_dtype, more_device, more_
 
 
 def worth(found: ResidencyPlan, wanted: int | None) -> tuple[int, ...]:
-    """What the rule prefers, in its order: everything resident, or in the devices' memory, beside a good sweep; a sweep
-    that is large enough; large chunks; the best levels; tokens beyond enough.
+    """What the rule prefers, in its order: a good sweep; everything resident, or in the devices' memory, beside it; a
+    larger size; the best levels; more tokens.
     """
-    enough, usual = sweep_sizes(found.budget.kind, None, None)[0]
-    tokens, chunk = found.sweep.max_sweep_tokens, found.sweep.chunk_rows
-    least = usual // 4
-    good = chunk >= min(least, tokens) and (wanted is not None or tokens >= least)
+    kind, sweep = found.budget.kind, found.sweep
+    sizes = sweep_sizes(kind, wanted, None)
+    fitting = (s for s in sizes if s[1] == sweep.chunk_rows and s[0] <= sweep.max_sweep_tokens)
+    size = next(fitting)  # the sweep has grown from this one
     host = found.count("hybrid") + found.count("offloaded")
-    stage = good * ((host == 0) * (found.budget.ranks > 1) + 2 * (found.num_streamed == 0))
-    return (stage, min(tokens, enough), chunk, -host, found.count("resident"), tokens)
+    stage = 2 * (found.num_streamed == 0) + (host == 0)
+    return (
+        is_good(kind, size, wanted, None),
+        stage,
+        -sizes.index(size),
+        -host,
+        found.count("resident"),
+        sweep.max_sweep_tokens,
+    )
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -3,15 +3,15 @@ and the size of a sweep.
 
 The rule. Banks get the best level that fits (resident before sharded before hybrid or offloaded) beside a sweep that
 is large enough; streamed layers are spread over depth. How large is enough: what the user asks for; else, where a
-speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU). A
-sweep gets smaller than that where nothing fits otherwise, or, down to a quarter and with chunks of a quarter, where all
-banks so become resident or need no host. It grows into memory that no further bank can use.
+speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU), or
+down to a quarter, with chunks of a quarter, where all banks so become resident, or need no host, or fit at all. Where
+no such sweep fits, the same order goes through smaller ones. A sweep grows into memory that no further bank can use.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core import ModelSpec
@@ -89,8 +89,8 @@ class _Planner:
         return self.pins.max_sweep_tokens is None
 
     def by_rule(self) -> ResidencyPlan:
-        """The first that fits: everything resident beside a good sweep, then everything in the devices' memory, then
-        any levels beside any sweep.
+        """The first that fits, beside a good sweep if possible: everything resident, then everything in the devices'
+        memory, then any levels.
         """
         found = next(filter(None, self._tries()), None)
         if found is None:
@@ -118,33 +118,33 @@ class _Planner:
 
     def _tries(self) -> Iterator[_Candidate | None]:
         pins = self.pins
+        if self.pinned is not None:
+            yield from map(self._best_levels, self.sizes)
+            return
         sizes = (pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
-        if self.pinned is None:
-            good = [size for size in self.sizes if is_good(self.budget.kind, size, *sizes)]
-            yield from (self._first([{"resident": self.spec.num_sparse_layers}], size) for size in good)
-            if self.budget.ranks > 1:
-                yield from (self._first(self._counts(host=False), size) for size in good)
-        yield from map(self._best_levels, self.sizes)
+        good = [size for size in self.sizes if is_good(self.budget.kind, size, *sizes)]
+        for allowed in (good, self.sizes):
+            for counts in self._stages():
+                yield from (self._first(counts, size) for size in allowed)
 
     def _best_levels(self, size: tuple[int, int]) -> _Candidate | None:
         """The best levels that fit beside a sweep of this size, or None."""
-        return (
-            self._first(self._counts(), size) if self.pinned is None else self._fitting(_Candidate(self.pinned, *size))
-        )
+        if self.pinned is not None:
+            return self._fitting(_Candidate(self.pinned, *size))
+        return self._first(self._stages()[-1], size)
 
-    def _first(self, counts: Iterable[Mapping[Level, int]], size: tuple[int, int]) -> _Candidate | None:
+    def _first(self, counts: Sequence[Mapping[Level, int]], size: tuple[int, int]) -> _Candidate | None:
         return next((c for each in counts if (c := self._fitting(self._candidate(each, size)))), None)
 
-    def _counts(self, *, host: bool = True) -> Iterator[dict[Level, int]]:
-        """Counts of levels from best to worst; each takes less device memory than the one before it, but for the first
-        that need buffers.
-        """
+    def _stages(self) -> list[list[dict[Level, int]]]:
+        """Counts of levels, from best to worst: only resident ones, those without the host, all."""
         total = self.spec.num_sparse_layers
-        for resident in range(total, -1, -1):
-            yield {"resident": resident, ("offloaded" if self.budget.ranks == 1 else "sharded"): total - resident}
-        if host and self.budget.ranks > 1:
-            for sharded in range(total - 1, -1, -1):
-                yield {"sharded": sharded, "hybrid": total - sharded}
+        resident: list[dict[Level, int]] = [{"resident": total}]
+        down = range(total - 1, -1, -1)
+        if self.budget.ranks == 1:
+            return [resident, [*resident, *({"resident": here, "offloaded": total - here} for here in down)]]
+        devices = [*resident, *({"resident": here, "sharded": total - here} for here in down)]
+        return [resident, devices, [*devices, *({"sharded": here, "hybrid": total - here} for here in down)]]
 
     def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
         return _Candidate(levels_of(self.spec, counts), *size)
@@ -192,7 +192,7 @@ class _Planner:
         """The levels of the least device memory that the host has room for, with a sweep of this size."""
         if self.pinned is not None:
             return _Candidate(self.pinned, *size)
-        fitting = [self._candidate(counts, size) for counts in self._counts()]
+        fitting = [self._candidate(counts, size) for counts in self._stages()[-1]]
         fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
         return min(fitting, key=lambda c: sum(self._banks(c.levels).values()))
 
