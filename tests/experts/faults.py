@@ -8,6 +8,7 @@ import time
 import torch
 
 from moe_prefill.experts import Lane, Transport
+from moe_prefill.experts.thread_lane import ThreadLane
 
 POISON = 0xFF  # a float of such bytes is NaN, whatever its width
 
@@ -51,6 +52,22 @@ class ChaosTransport(ThrottledTransport):
         moved = super().fetch(layer, buffer, lane)
         _delay(lane, buffer.device, after * self._longest_s)
         return moved
+
+
+class ChaosLane(ThreadLane):
+    """A CPU lane whose copies come late, after their target has been poisoned."""
+
+    @classmethod
+    def take_over(cls, lane: Lane, seed: int) -> None:
+        """Make a lane one of these."""
+        assert type(lane) in (ThreadLane, cls), lane
+        lane.__class__ = cls
+        lane.random = random.Random(seed)
+
+    def copy(self, target, source) -> None:
+        self.run(lambda: target.fill_(POISON))
+        self.run(lambda: time.sleep(0.002 * self.random.random()))
+        super().copy(target, source)
 
 
 def _delay(lane: Lane, device: torch.device, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -12,9 +13,16 @@ from moe_prefill.core import AtomicRequest, ModelSpec
 from moe_prefill.engine.banks import BankMemory
 from moe_prefill.engine.local import LocalEngine
 from moe_prefill.experts import Transport
-from tests.reference import Converted, engine_of, everything, random_requests
+from tests.reference import Converted, convert, engine_of, everything, random_model, random_requests
+
+FOUR_LAYERS = 20  # a seed whose olmoe has four sparse layers of 7 experts
 
 Wrap = Callable[[Transport], Transport]
+
+
+@functools.cache
+def model_of(family: str, seed: int) -> Converted:
+    return convert(random_model(family, seed))
 
 
 def filled_memory(converted: Converted, levels: Sequence[str | None], **options) -> BankMemory:

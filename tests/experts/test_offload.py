@@ -9,15 +9,17 @@ from moe_prefill.engine.sweep import run_without_tokens
 from moe_prefill.experts import StreamedBanks
 from tests.experts.faults import ChaosTransport, ThrottledTransport
 from tests.experts.helpers import (
+    FOUR_LAYERS,
     all_levels,
     cycled_levels,
     filled_memory,
+    model_of,
     requests_of,
     scores,
     streamed_engine,
     wrapped,
 )
-from tests.reference import FAMILIES, convert, engine_of, random_model
+from tests.reference import FAMILIES, engine_of
 
 SEEDS = 12 if os.environ.get("MOE_PREFILL_LONG") else 3
 
@@ -25,7 +27,7 @@ SEEDS = 12 if os.environ.get("MOE_PREFILL_LONG") else 3
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloaded_equals_resident(family, seed):
-    converted = convert(random_model(family, seed))
+    converted = model_of(family, seed)
     requests = requests_of(seed)
     options = {"sharing": "force", "max_sweep_tokens": 60, "chunk_rows": 16}  # several sweeps, several chunks
     expected = scores(engine_of(converted, **options), requests)
@@ -45,11 +47,8 @@ def test_offloaded_equals_resident(family, seed):
 @pytest.fixture(scope="module")
 def sparse():
     """Four sparse layers, and what they answer."""
-    converted = next(
-        converted
-        for seed in range(100)
-        if (converted := convert(random_model("olmoe", seed))).spec.num_sparse_layers == 4
-    )
+    converted = model_of("olmoe", FOUR_LAYERS)
+    assert converted.spec.num_sparse_layers == 4
     requests = requests_of(7)
     return converted, requests, scores(engine_of(converted, chunk_rows=8), requests)
 
@@ -107,9 +106,9 @@ def test_a_slow_link_is_waited_for_and_told(sparse):
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), buffers=1)
     bank = memory._setup.layout.bank_bytes
     source = wrapped(memory, lambda inner: ThrottledTransport(inner, bank / 0.02)).source()
-    assert torch.equal(scores(engine_of(converted, banks=source, chunk_rows=8), requests), expected)
-    (stats,) = source.take_stats()
-    assert source.take_stats() == []
+    engine = engine_of(converted, banks=source, chunk_rows=8)
+    assert torch.equal(scores(engine, requests), expected)
+    (stats,) = engine.transfers
     assert stats.bytes_by_link == {"host": 4 * bank}
     assert [layer.bytes_by_link for layer in stats.layers] == [{"host": bank}] * 4
     assert stats.exposed_ms == pytest.approx(sum(layer.wait_ms for layer in stats.layers))
@@ -150,8 +149,9 @@ def test_an_interrupted_sweep_leaves_the_ring_in_order(sparse):
         source.acquire(layer)
         source.release(layer)
     source.acquire(2)  # an error here: neither released nor ended
-    assert torch.equal(scores(engine_of(converted, banks=source, chunk_rows=8), requests), expected)
-    assert [len(stats.layers) for stats in source.take_stats()] == [4]
+    engine = engine_of(converted, banks=source, chunk_rows=8)
+    assert torch.equal(scores(engine, requests), expected)
+    assert [len(stats.layers) for stats in engine.transfers] == [4]
     source.close()
 
 

@@ -19,6 +19,7 @@ from ..experts import (
     BankLayout,
     BankSource,
     HostTransport,
+    HybridTransport,
     NcclTransport,
     PeerTransport,
     Ranks,
@@ -37,8 +38,9 @@ class BankMemory:
     """Allocates what the levels ask for; ``allocate`` and ``keep`` are the loader's callbacks, and ``source`` is what
     sweeps read once the loader is through. All ranks of a group build theirs with the same levels.
 
-    ``dtype`` is that of the banks, ``buffers`` the number of whole-bank buffers for streamed layers, ``transport`` how
-    sharded banks are gathered. PlanError where the system does not give the memory, or a GPU no access to its peers.
+    ``dtype`` is that of the banks, ``buffers`` the number of whole-bank buffers for streamed layers, ``staged_shards``
+    that of shards which hybrid layers bring ahead, ``transport`` how sharded banks are gathered. PlanError where the
+    system does not give the memory, or a GPU no access to its peers.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class BankMemory:
         dtype: torch.dtype,
         device: torch.device,
         buffers: int = 2,
+        staged_shards: int = 2,
         ranks: Ranks = ALONE,
         transport: str = "copy-engine",
         slice_bytes: int = DEFAULT_SLICE_BYTES,
@@ -58,6 +61,7 @@ class BankMemory:
         self._setup = Setup(layout=layout, device=device, ranks=ranks, slice_bytes=slice_bytes)
         self._levels = tuple(levels)
         self._buffers = buffers
+        self._staged_shards = staged_shards
         self._is_collective = transport == "nccl"
         self._transports = {
             level: self._open(level) for level in dict.fromkeys(levels) if level not in (None, "resident")
@@ -104,6 +108,8 @@ class BankMemory:
         layers = self._at(level)
         if level == "offloaded":
             return HostTransport(layers, self._setup)
+        if level == "hybrid":
+            return HybridTransport(layers, self._setup, self._staged_shards)
         assert level == "sharded", level
         if self._is_collective:
             return NcclTransport(layers, self._setup)

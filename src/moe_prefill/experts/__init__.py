@@ -1,6 +1,7 @@
 """Where expert banks live and how a layer gets its own: the one seam between the mathematics and weight streaming."""
 
 from .host_pool import HostPool
+from .hybrid import HybridTransport
 from .lanes import DEFAULT_SLICE_BYTES, Lane, Mark, open_lane
 from .layout import BankLayout
 from .nccl import NcclTransport
@@ -19,6 +20,7 @@ __all__ = [
     "BankSource",
     "HostPool",
     "HostTransport",
+    "HybridTransport",
     "Lane",
     "LayerTransfer",
     "Mark",

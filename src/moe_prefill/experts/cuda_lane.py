@@ -36,6 +36,7 @@ class CudaLane:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.slice_bytes = slice_bytes
+        self._posted = torch.zeros(1, dtype=torch.int32, device=device)
 
     def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self.stream):
@@ -53,6 +54,15 @@ class CudaLane:
         assert isinstance(mark, CudaMark)
         self.stream.wait_event(mark.event)
 
+    def post(self, flag: Bytes, value: int) -> None:
+        with torch.cuda.device(self.device):
+            driver.write_value(self._posted.data_ptr(), value, self.stream.cuda_stream)
+            driver.copy_async(flag.data_ptr(), self._posted.data_ptr(), flag.numel(), self.stream.cuda_stream)
+
+    def await_value(self, flag: Bytes, value: int, timeout_s: float) -> None:
+        with torch.cuda.device(self.device):
+            driver.wait_value(flag.data_ptr(), value, self.stream.cuda_stream)
+
     def compute_mark(self) -> CudaMark:
         return CudaMark(torch.cuda.current_stream(self.device))
 
@@ -64,3 +74,11 @@ class CudaLane:
 
     def close(self) -> None:
         self.stream.synchronize()
+
+
+def write_past_streams(flags: torch.Tensor, value: int) -> None:
+    """Set int32 flags on a stream of its own, of high priority so that it shares no queue with one that waits."""
+    stream = torch.cuda.Stream(flags.device, priority=-1)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(flags.device):
+        for index in range(flags.numel()):
+            driver.write_value(flags[index].data_ptr(), value, stream.cuda_stream)

@@ -53,6 +53,16 @@ def copy_async(target: int, source: int, num_bytes: int, stream: int) -> None:
     _call("cuMemcpyAsync", target, source, num_bytes, stream)
 
 
+def write_value(pointer: int, value: int, stream: int) -> None:
+    """Write an int32 when the stream gets here; its memory is this device's."""
+    _call("cuStreamWriteValue32", stream, pointer, value, 0)
+
+
+def wait_value(pointer: int, value: int, stream: int) -> None:
+    """Hold the stream until the int32 is at least ``value`` (0: compare with >=); its memory is this device's."""
+    _call("cuStreamWaitValue32", stream, pointer, value, 0)
+
+
 def allocate(num_bytes: int) -> int:
     """Device memory outside torch's allocator, whose blocks cannot be exported one by one."""
     return int(_call("cuMemAlloc", num_bytes))

@@ -52,6 +52,16 @@ class Lane(Protocol):
         """What this lane is given from now on happens after ``mark``."""
         ...
 
+    def post(self, flag: Bytes, value: int) -> None:
+        """Write an int32 to 4 bytes, here or on a peer, after everything this lane was given so far."""
+        ...
+
+    def await_value(self, flag: Bytes, value: int, timeout_s: float) -> None:
+        """What this lane is given from now on happens when the int32 in 4 bytes of this device's memory is at least
+        ``value``. Only a lane with a thread knows a timeout (WorkerError at the next wait for its marks).
+        """
+        ...
+
     def compute_mark(self) -> Mark:
         """A mark behind everything that the compute side was given so far."""
         ...
@@ -73,6 +83,16 @@ def slices(target: Bytes, source: Bytes, size: int) -> Iterator[tuple[Bytes, Byt
     assert target.numel() == source.numel(), (target.numel(), source.numel())
     for first in range(0, target.numel(), size):
         yield target[first : first + size], source[first : first + size]
+
+
+def write_now(flags: torch.Tensor, value: int) -> None:
+    """Set int32 flags of this device's memory past every lane, even one that waits; from any thread."""
+    if flags.is_cuda:
+        from .cuda_lane import write_past_streams
+
+        write_past_streams(flags, value)
+    else:
+        flags.fill_(value)
 
 
 def open_lane(device: torch.device, slice_bytes: int = DEFAULT_SLICE_BYTES) -> Lane:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from ..errors import WorkerError
 from .lanes import Lane
 from .ranks import Ranks
 from .transport import BytesByLink, Setup
@@ -36,7 +37,7 @@ class NcclTransport:
 
     def fetch(self, layer: int, buffer: torch.Tensor, lane: Lane) -> BytesByLink:
         shard = self._shards[layer]
-        lane.run(lambda: self._all_gather(buffer, shard))
+        lane.run(lambda: self._gather(buffer, shard))
         return {"local": shard.numel(), "nccl": buffer.numel() - shard.numel()}
 
     def abort(self, reason: str) -> None:
@@ -45,6 +46,12 @@ class NcclTransport:
     def close(self) -> None:
         self._group.shutdown()
         self._shards.clear()
+
+    def _gather(self, buffer: torch.Tensor, shard: torch.Tensor) -> None:
+        try:
+            self._all_gather(buffer, shard)
+        except RuntimeError as error:
+            raise WorkerError(f"gathering an expert bank from all ranks failed: {error}") from error
 
     def _all_gather(self, buffer: torch.Tensor, shard: torch.Tensor) -> None:
         """Shards of one size are one collective; of two sizes, which it does not take, a broadcast from each rank."""

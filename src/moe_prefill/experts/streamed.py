@@ -70,12 +70,12 @@ class StreamedBanks(BankSource[Bank]):
             now = self._lane.compute_mark()
             self._recorder.acquired(layer, now, now, None)
             return self._resident[layer]
-        if self._aborted is not None:
-            raise WorkerError(self._aborted)
         slot = self._next_slot()
         assert slot.fetch is not None
         assert slot.fetch.layer == layer, (slot.fetch, layer)
         asked, got = self._lane.compute_wait(slot.fetch.ready)
+        if self._aborted is not None:
+            raise WorkerError(self._aborted)
         self._recorder.acquired(layer, asked, got, slot.fetch)
         return slot.bank
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import WorkerError
 from .lanes import DEFAULT_SLICE_BYTES, Bytes, Mark, slices
 
 
@@ -69,6 +70,12 @@ class ThreadLane:
         assert isinstance(mark, ThreadMark)
         self.run(mark.wait)
 
+    def post(self, flag: Bytes, value: int) -> None:
+        self.run(lambda: _int32(flag).fill_(value))
+
+    def await_value(self, flag: Bytes, value: int, timeout_s: float) -> None:
+        self.run(lambda: _poll(_int32(flag), value, timeout_s))
+
     def compute_mark(self) -> ThreadMark:
         return ThreadMark().set()  # the compute side is the calling thread: what it was given is done
 
@@ -93,3 +100,18 @@ class ThreadLane:
             work()
         except Exception as error:  # it belongs to the thread that waits for this lane's marks
             self._error = error
+
+
+def _int32(flag: Bytes) -> torch.Tensor:
+    assert isinstance(flag, torch.Tensor)
+    return flag.view(torch.int32)
+
+
+def _poll(flag: torch.Tensor, value: int, timeout_s: float) -> None:
+    """Sleep until the flag, which another process writes, is at least ``value``."""
+    deadline, pause_s = time.monotonic() + timeout_s, 2e-5
+    while int(flag) < value:
+        if time.monotonic() > deadline:
+            raise WorkerError(f"another rank has not brought its part of an expert bank in {timeout_s:g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1e-3)

@@ -1,0 +1,61 @@
+"""Several processes: every way of sharing banks gives the bits of resident ones, in rounds of any work; a lost rank is
+told in bounded time.
+"""
+
+import os
+
+import pytest
+
+from tests.experts import rank_work
+from tests.experts.groups import LOST, run_group
+
+SEEDS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_transport_equals_resident(size, tmp_path):
+    assert run_group(rank_work.all_cases, size, tmp_path, SEEDS) == [[]] * size
+
+
+def test_ranks_with_0_1_and_3_sweeps_of_work_and_a_late_one(tmp_path):
+    assert run_group(rank_work.rounds, 3, tmp_path) == [[]] * 3
+
+
+@pytest.mark.parametrize("which", ["staged", "gathered"])
+def test_chaos_shows_a_missing_wait_for_peers(which, tmp_path):
+    assert any(run_group(rank_work.broken_hybrid, 2, tmp_path, which, 3))
+
+
+# One buffer, one staged shard. A rank that dies before its first layer has staged bank 0 and gathered it: its peers
+# then wait for bank 1 to be staged, or for their own slot to be read. Later deaths are waited for a layer later.
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_rank_that_dies_is_told_after_the_timeout(after, tmp_path):
+    *others, dead = run_group(
+        rank_work.one_rank_dies, 3, tmp_path, ("hybrid",), "copy-engine", after, False, timeout_s=2
+    )
+    assert dead == LOST
+    assert all("in 2 s" in said for said in others), others
+
+
+def test_waits_are_let_go_by_an_abort(tmp_path):
+    *others, dead = run_group(rank_work.one_rank_dies, 3, tmp_path, ("hybrid",), "copy-engine", 1, True)
+    assert dead == LOST
+    assert others == ["the controller lost a rank"] * 2
+
+
+def test_a_rank_that_dies_in_a_collective_is_told(tmp_path):
+    *others, dead = run_group(rank_work.one_rank_dies, 2, tmp_path, ("sharded",), "nccl", 1, False, timeout_s=5)
+    assert dead == LOST
+    assert all("failed" in said for said in others), others
+
+
+def test_pulls_need_no_living_peer(tmp_path):
+    """Banks that are pulled by copies couple no ranks: the others end their sweeps before anyone tells them."""
+    *others, dead = run_group(rank_work.one_rank_dies, 3, tmp_path, ("sharded",), "copy-engine", 1, False)
+    assert dead == LOST
+    assert others == ["no error"] * 2
+
+
+def test_a_rank_that_does_not_come_is_told(tmp_path):
+    said, _ = run_group(rank_work.nobody_comes, 2, tmp_path, timeout_s=0.5)
+    assert "waited 0.5 s" in said
