@@ -32,12 +32,14 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one rank saw of a case. ``ids``: routed expert ids [T, K] of each chunk, by layer, with the layer set."""
+    """What one rank saw of a case. ``sweeps``: tokens and rows of the last layer. ``ids``: routed expert ids [T, K] of
+    each chunk, by layer.
+    """
 
     results: list
     sent: dict[tuple[int, str], Fraction]
+    sweeps: list[tuple[int, int]] = field(default_factory=list)
     ids: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    sweeps: int = 0
 
 
 def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group: RankGroup) -> Outcome:
@@ -53,16 +55,19 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
     memory = memory_plan(share.spec, slots["embed"].element_size(), case.sweep_tokens, case.chunk_rows)
     engine = strategy_engine(config, share, group, weights, banks, memory)
     outcome = Outcome([], engine.traffic.sent)
-    route = engine._decoder.route
+    route, run = engine._decoder.route, engine._run
 
-    def recorded(*args):
+    def recorded_route(*args):
         weights, ids = route(*args)
         outcome.ids.setdefault(engine.traffic.layer, []).append(ids.numpy().copy())
         return weights, ids
 
-    engine._decoder.route = recorded
+    def recorded_run(plan):
+        outcome.sweeps.append((plan.forest.num_tokens, plan.last_rows))
+        return run(plan)
+
+    engine._decoder.route, engine._run = recorded_route, recorded_run
     outcome.results = engine.score(case.requests[group.rank])
-    outcome.sweeps = engine.stats.sweeps
     return outcome
 
 

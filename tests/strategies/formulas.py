@@ -1,0 +1,83 @@
+"""Bytes that a device sends in one layer, as docs/communication.md derives them: from shapes and routing alone.
+
+N ranks, D hidden, K top-k, b bytes an element. ``sweeps``: (tokens, rows of the last layer) of each, by
+rank.
+"""
+
+from fractions import Fraction
+from itertools import zip_longest
+
+import numpy as np
+
+from moe_prefill.core import ModelSpec
+
+Sweeps = list[tuple[int, int]]
+
+
+def rows_in(layer: int, spec: ModelSpec, sweep: tuple[int, int]) -> int:
+    return sweep[int(layer == spec.num_layers - 1)]
+
+
+def tensor_parallel(spec: ModelSpec, layer: int, size: int, sweeps: Sweeps, element: int) -> Fraction:
+    """Two all-reduces of the rows, and two of a float32 a row where a norm spans all heads."""
+    rows, tokens = sum(rows_in(layer, spec, sweep) for sweep in sweeps), sum(sweep[0] for sweep in sweeps)
+    reduced = 2 * rows * spec.hidden_size * element
+    if spec.qk_norm == "full":
+        reduced += 4 * (tokens + rows)
+    return Fraction(2 * (size - 1), size) * reduced
+
+
+def chunks(total: int, most: int) -> list[int]:
+    count = -(-total // most)
+    return [(index + 1) * total // count - index * total // count for index in range(count)]
+
+
+def steps(spec: ModelSpec, layer: int, sweeps: list[Sweeps], chunk_rows: int) -> list[int]:
+    """Rows of the longest rank in every step of a layer, over all sweeps."""
+    longest = []
+    for together in zip_longest(*sweeps, fillvalue=(0, 0)):
+        cut = [chunks(rows_in(layer, spec, sweep), chunk_rows) for sweep in together]
+        longest += [max(sizes) for sizes in zip_longest(*cut, fillvalue=0)]
+    return longest
+
+
+def token_gather(spec: ModelSpec, layer: int, sweeps: list[Sweeps], chunk_rows: int, element: int) -> int:
+    """Rows with K weights and ids to everybody, and partial sums back; every rank as many as the longest."""
+    if not spec.layers[layer].sparse:
+        return 0
+    rows, row = sum(steps(spec, layer, sweeps, chunk_rows)), spec.hidden_size * element
+    return (len(sweeps) - 1) * rows * (row + 8 * spec.top_k + row)
+
+
+def expert_dispatch(
+    spec: ModelSpec,
+    layer: int,
+    rank: int,
+    ids: list[list[np.ndarray]],
+    sweeps: list[Sweeps],
+    chunk_rows: int,
+    element: int,
+) -> int:
+    """``ids``: what each rank's tokens chose. A row once to every other rank that it needs, a sum back from there, and
+    two int64 a step to everybody.
+    """
+    if not spec.layers[layer].sparse:
+        return 0
+    size, row = len(ids), spec.hidden_size * element
+    owner = np.concatenate(
+        [np.full((r + 1) * spec.num_experts // size - r * spec.num_experts // size, r) for r in range(size)]
+    )
+
+    def rows_between(home: int, away: int) -> int:
+        return sum(int((owner[chosen] == away).any(axis=1).sum()) for chosen in ids[home])
+
+    others = [other for other in range(size) if other != rank]
+    sent = sum(rows_between(rank, other) for other in others) * (row + 8 * spec.top_k)
+    returned = sum(rows_between(other, rank) for other in others) * row
+    return sent + returned + 16 * len(others) * len(steps(spec, layer, sweeps, chunk_rows))
+
+
+def pipeline(spec: ModelSpec, layer: int, size: int, sweeps: Sweeps, element: int) -> int:
+    """The residual, after the last layer of every stage but the last."""
+    ends = [(rank + 1) * spec.num_layers // size - 1 for rank in range(size - 1)]
+    return sum(tokens for tokens, _ in sweeps) * spec.hidden_size * element if layer in ends else 0
