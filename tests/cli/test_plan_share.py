@@ -88,6 +88,15 @@ def test_shapes_that_a_strategy_does_not_allow(
     assert complaint in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_large_model_fits_on_fewer_gpus_under_asyncep() -> None:
+    def code(strategy: str, gpus: int) -> int:
+        model = ["--model", "Qwen3-235B-A22B", "--quantization", "fp8", "--hbm-gib", "79"]
+        return main(["plan", *model, "--strategy", strategy, "--gpus", str(gpus), "--json"])
+
+    assert [code("asyncep", gpus) for gpus in (1, 2)] == [0, 0]
+    assert {(code(strategy, 2), code(strategy, 4)) for strategy in STRATEGIES} == {(6, 0)}
+
+
 def test_what_does_not_fit_says_so_with_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "Qwen3-235B-A22B", "--hbm-gib", "79", "--strategy", "dp+ep", "--gpus", "2"]) == 6
     said = capsys.readouterr().err
