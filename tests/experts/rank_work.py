@@ -19,6 +19,11 @@ from tests.experts.groups import die
 from tests.experts.helpers import FOUR_LAYERS, cycled_levels, filled_memory, model_of, requests_of, scores, wrapped
 from tests.reference import FAMILIES, Converted, engine_of
 
+# The process that forks the ranks makes the models once, on one thread: a pool of threads would not survive the fork.
+torch.set_num_threads(1)
+for family, seed in [(name, 0) for name in FAMILIES] + [("olmoe", FOUR_LAYERS)]:
+    model_of(family, seed)
+
 MIXES = (
     (("sharded",), "copy-engine"),
     (("sharded",), "nccl"),
