@@ -19,7 +19,7 @@ import pytest
 
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest
-from moe_prefill.errors import ModelError, PlanError, RowError, UsageError, WorkerError
+from moe_prefill.errors import ModelError, PlanError, RowError, WorkerError
 from moe_prefill.workers import GroupEngine, Patience, group
 from tests.workers.fake_worker import FORMING, answer
 from tests.workers.helpers import harm, is_alive, wait_for, workers
@@ -173,10 +173,15 @@ def test_repeated_death_ends_with_one_error_for_everyone():
     engine.close()
 
 
-@pytest.mark.parametrize("kind", [PlanError, ModelError, UsageError])
+@pytest.mark.parametrize("kind", [PlanError, ModelError])
 def test_an_error_while_building_is_the_same_error_here(kind):
     with pytest.raises(kind, match="of 2 refuses"):
         engine_of(2, fail=kind.__name__)
+
+
+def test_a_bug_while_building_is_told_at_once():
+    with pytest.raises(WorkerError, match=r"^worker 0 failed: AttributeError: .* 'NoSuchError'"):
+        engine_of(1, fail="NoSuchError")
 
 
 def test_a_worker_that_cannot_start_is_not_tried_for_ever(monkeypatch):

@@ -17,6 +17,7 @@ class Channel:
         connection.setblocking(False)
         self.socket = connection
         self.rank = -1
+        self.closed = False
         self._decoder = Decoder()
         self._unsent: deque[memoryview] = deque()
 
@@ -40,12 +41,16 @@ class Channel:
             else:
                 self._unsent[0] = self._unsent[0][sent:]
 
-    def receive(self) -> list[Message] | None:
-        """The messages that have arrived; None: the peer has closed."""
-        try:
-            data = self.socket.recv(_CHUNK)
-        except BlockingIOError:
-            return []
-        except ConnectionError:
-            return None
-        return list(self._decoder.feed(data)) if data else None
+    def receive(self) -> list[Message]:
+        """The messages that have arrived by now; at the end of the stream ``closed`` is set."""
+        messages: list[Message] = []
+        while not self.closed:
+            try:
+                data = self.socket.recv(_CHUNK)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                data = b""
+            self.closed = not data
+            messages += self._decoder.feed(data)
+        return messages

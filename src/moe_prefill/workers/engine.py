@@ -155,7 +155,7 @@ class GroupEngine:
                 lost_s = lost_s or time.monotonic()
                 losses = losses + 1 if finished == self._stats.sweeps else 1
                 finished = self._stats.sweeps
-                if (loss.typed and self._ready is None) or losses > self._patience.restarts:
+                if (loss.reported and self._ready is None) or losses > self._patience.restarts:
                     raise _last_error(loss, losses) from None
                 with self._lock:
                     again = self._board.take_back()
@@ -229,7 +229,7 @@ class GroupEngine:
 
 
 def _last_error(loss: WorkerLost, losses: int) -> MoePrefillError:
-    if loss.typed or losses == 1:
+    if losses == 1 or not isinstance(loss.error, WorkerError):
         return loss.error
     return WorkerError(
         f"the workers were lost {losses} times in a row without finishing a sweep, the last time because {loss}; "

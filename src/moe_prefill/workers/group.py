@@ -30,12 +30,12 @@ _MAX_SOCKET_PATH = 100  # the system allows 107 bytes
 
 class WorkerLost(Exception):
     """A worker died, hangs, or failed. ``error`` is what the user is told if the group cannot be brought back;
-    ``typed``: it is the user's own mistake, which the worker found.
+    ``reported``: the worker itself found it, so the same start would fail in the same way.
     """
 
-    def __init__(self, error: MoePrefillError, *, typed: bool = False) -> None:
+    def __init__(self, error: MoePrefillError, *, reported: bool = False) -> None:
         super().__init__(str(error))
-        self.error, self.typed = error, typed
+        self.error, self.reported = error, reported
 
 
 class Closed(Exception):
@@ -88,22 +88,17 @@ class WorkerGroup:
 
     def poll(self, timeout_s: float = _TICK_S) -> list[tuple[int, Message]]:
         """Messages with the ranks that sent them, after at most ``timeout_s``. Raises WorkerLost and Closed."""
-        for key, events in self._selector.select(timeout_s):
+        for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, Channel):
-                self._attend(key.data, events)
+                self._attend(key.data)
             elif key.fileobj is self._wake:
                 self._wake.recv(4096)
                 if self._closing():
                     raise Closed
             else:
                 self._accept(key.fileobj)
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None:
-                self._ended(rank)
+        self._check()
         arrived, self._arrived = self._arrived, []
-        for rank, message in arrived:
-            if isinstance(message, Failure):
-                raise _failure(rank, message)
         return arrived
 
     def finish(self) -> None:
@@ -174,33 +169,36 @@ class WorkerGroup:
         self._channels.append(channel)
         self._selector.register(channel.socket, selectors.EVENT_READ, channel)
 
-    def _attend(self, channel: Channel, events: int) -> None:
+    def _attend(self, channel: Channel) -> None:
         """Send what is left and read what has come."""
-        with contextlib.suppress(OSError):  # a closed socket is found by reading
-            if events & selectors.EVENT_WRITE:
-                channel.flush()
-        messages = channel.receive() if events & selectors.EVENT_READ else []
-        self._arrive(channel, messages or [])
-        if messages is not None:
-            self._selector.modify(channel.socket, _events(channel), channel)
-            return
-        self._selector.unregister(channel.socket)
-        if channel.rank >= 0:
-            self._ended(channel.rank)
-
-    def _arrive(self, channel: Channel, messages: list[Message]) -> None:
-        for message in messages:
+        with contextlib.suppress(OSError):  # that the peer has gone is found by reading
+            channel.flush()
+        for message in channel.receive():
             if channel.rank < 0:
                 self._introduce(channel, message)
             self._arrived.append((channel.rank, message))
+        if not channel.closed:
+            self._selector.modify(channel.socket, _events(channel), channel)
+        elif channel.socket in self._selector.get_map():
+            self._selector.unregister(channel.socket)
 
-    def _ended(self, rank: int) -> None:
-        """A worker has gone: by its last words, if it had any, or for a reason of the system's. Raises WorkerLost."""
-        channel = self._by_rank.get(rank)
-        while channel is not None and (messages := channel.receive()):
-            self._arrive(channel, messages)
-        if not any(sender == rank and isinstance(message, Failure) for sender, message in self._arrived):
-            raise self._lost(rank)
+    def _check(self) -> None:
+        """Raise WorkerLost if any worker failed or has gone. One that was lost makes its peers fail: look for the cause
+        first, then for what they say of one another.
+        """
+        gone = [rank for rank in range(self.size) if self._is_gone(rank)]
+        failures = {rank: message for rank, message in self._arrived if isinstance(message, Failure)}
+        causes = [rank for rank, message in failures.items() if message.code != WorkerError.__name__]
+        silent = [rank for rank in gone if rank not in failures]
+        for rank in causes or silent or failures:
+            raise _failure(rank, failures[rank]) if rank in failures else self._lost(rank)
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a worker has ended or closed its connection; its last words have been read then."""
+        channel, ended = self._by_rank.get(rank), self._processes[rank].poll() is not None
+        if ended and channel is not None:
+            self._attend(channel)
+        return ended or (channel is not None and channel.closed)
 
     def _introduce(self, channel: Channel, message: Message) -> None:
         if not isinstance(message, Hello) or message.version != VERSION:
@@ -237,8 +235,8 @@ def _failure(rank: int, message: Failure) -> WorkerLost:
     """A worker's last words: an error of the user's comes out as the same class here."""
     kind = _USER_ERRORS.get(message.code)
     if kind is not None:
-        return WorkerLost(kind(message.message), typed=kind is not WorkerError)
-    return WorkerLost(WorkerError(f"worker {rank} failed: {message.code}: {message.message}"))
+        return WorkerLost(kind(message.message), reported=kind is not WorkerError)
+    return WorkerLost(WorkerError(f"worker {rank} failed: {message.code}: {message.message}"), reported=True)
 
 
 def _user_errors() -> Iterator[tuple[str, type[MoePrefillError]]]:
