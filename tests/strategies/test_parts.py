@@ -90,7 +90,7 @@ def test_a_share_is_the_part_of_the_whole(tmp_path):
     spec, checkpoint = open_model(tmp_path)
     _, weights, banks = load_weights(tmp_path)
     share = share_of(spec, "tp+tp", 1, 2)
-    mine, my_banks = load_share(share, checkpoint_fill(share, checkpoint, dtype=torch.float32, device=CPU))
+    mine, my_banks = load_share(share, checkpoint_fill(share, checkpoint, dtype=torch.float32, device=CPU), "float32")
     q, half = spec.num_heads * spec.head_dim, spec.num_heads * spec.head_dim // 2
     for layer, part in zip(weights.layers, mine.layers, strict=True):
         assert torch.equal(part.attention.qkv[:half], layer.attention.qkv[half:q])
@@ -119,14 +119,14 @@ def test_dummy_shares_are_those_of_the_same_model():
     )
     spec = dataclasses.replace(spec, layers=spec.layers[:3])
     fill = {"dtype": torch.float32, "device": CPU, "seed": 3, "skew": 1.0}
-    ((whole, banks),) = [load_share(s, dummy_fill(s, **fill)) for s in [share_of(spec, "dp+ep", 0, 1)]]
+    ((whole, banks),) = [load_share(s, dummy_fill(s, **fill), "float32") for s in [share_of(spec, "dp+ep", 0, 1)]]
     shares = [share_of(spec, "dp+ep", rank, 3) for rank in range(3)]
-    parts = [load_share(share, dummy_fill(share, **fill)) for share in shares]
+    parts = [load_share(share, dummy_fill(share, **fill), "float32") for share in shares]
     for layer in range(3):
         assert torch.equal(torch.cat([mine[layer].down for _, mine in parts]), banks[layer].down)
     stages = [share_of(spec, "pp+pp", rank, 3) for rank in range(3)]
     for layer, stage in enumerate(stages):
-        mine, my_banks = load_share(stage, dummy_fill(stage, **fill))
+        mine, my_banks = load_share(stage, dummy_fill(stage, **fill), "float32")
         assert torch.equal(mine.layers[0].attention.out, whole.layers[layer].attention.out)
         assert [bank is not None for bank in my_banks] == [at == layer for at in range(3)]
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest, ModelSpec
 from moe_prefill.memory import memory_plan
+from moe_prefill.residency import bank_dtype
 from moe_prefill.strategies import RankGroup, share_of, strategy_engine
 from moe_prefill.strategies.load import load_share
 
@@ -28,6 +29,7 @@ class Case:
     chunk_rows: int = 64
     micro_batches: int = 2
     prune_last: bool = True
+    quantization: str | None = None
 
 
 @dataclass
@@ -50,8 +52,10 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
         sharing=case.sharing,
         micro_batches=case.micro_batches,
         prune_last=case.prune_last,
+        quantization=case.quantization,
     )
-    weights, banks = load_share(share, lambda slot, shape, rows: slots[slot][rows.start : rows.stop])
+    stored = bank_dtype(config, "float32")
+    weights, banks = load_share(share, lambda slot, shape, rows: slots[slot][rows.start : rows.stop], stored)
     memory = memory_plan(share.spec, slots["embed"].element_size(), case.sweep_tokens, case.chunk_rows)
     engine = strategy_engine(config, share, group, weights, banks, memory)
     outcome = Outcome([], engine.traffic.sent)

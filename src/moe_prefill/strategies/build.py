@@ -4,6 +4,7 @@ weights load.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from ..errors import PlanError, UsageError
 from ..memory import DeviceKind, MemoryPlan, memory_plan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
+from ..residency import bank_dtype
 from .collectives import Collectives, RankGroup
 from .data_parallel import ExpertDispatch, TokenGather
 from .engine import DataParallelEngine, StrategyEngine, TensorParallelEngine
@@ -31,7 +33,11 @@ def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEng
     """This rank's engine of ``config.strategy``; every rank calls this. Raises UsageError, ModelError or PlanError,
     each with the numbers, on every rank alike.
     """
-    spec, checkpoint = open_model(config.model, config.load_format, config.num_layers)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)  # kernels are launched on the current device
+    else:
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // ranks.size))
+    spec, checkpoint = open_model(config.model, config.load_format, config.num_layers, config.revision)
     dtype = pick_dtype(config.dtype, spec, ranks.device)
     share = requested_share(config, spec, ranks.rank, ranks.size)
     memory = agreed_plan(config, share, ranks, dtype)
@@ -40,7 +46,8 @@ def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEng
         fill = dummy_fill(share, dtype=dtype, device=ranks.device, seed=config.seed, skew=skew)
     else:
         fill = checkpoint_fill(share, checkpoint, dtype=dtype, device=ranks.device)
-    return strategy_engine(config, share, ranks, *load_share(share, fill), memory)
+    weights, banks = load_share(share, fill, bank_dtype(config, dtype_name(dtype)))
+    return strategy_engine(config, share, ranks, weights, banks, memory)
 
 
 def requested_share(config: EngineConfig, spec: ModelSpec, rank: int, size: int) -> Share:
@@ -59,31 +66,19 @@ def strategy_engine(
     memory: MemoryPlan,
 ) -> StrategyEngine:
     """The engine over weights that are there."""
-    collectives, dtype = Collectives(ranks), weights.embed.dtype
-    parts = (weights, banks, memory)
+    collectives = Collectives(ranks)
     if share.name == "pp+pp":
-        return PipelineEngine(
-            share,
-            Decoder(share.spec),
-            collectives,
-            *parts,
-            micro_batches=config.micro_batches,
-            sharing=config.sharing,
-            prune_last=config.prune_last,
-        )
+        return PipelineEngine(share, Decoder(share.spec), collectives, weights, banks, memory, config)
     if share.splits_attention:
-        tensor_parallel = TensorParallelDecoder(share, collectives)
-        return TensorParallelEngine(
-            share, tensor_parallel, collectives, *parts, sharing=config.sharing, prune_last=config.prune_last
-        )
-    data_parallel = (
+        split = TensorParallelDecoder(share, collectives)
+        return TensorParallelEngine(share, split, collectives, weights, banks, memory, config)
+    dtype = weights.embed.dtype
+    decoder = (
         ExpertDispatch(share, collectives, dtype, memory.chunk_rows)
         if share.name == "dp+ep"
         else TokenGather(share, collectives, dtype)
     )
-    return DataParallelEngine(
-        share, data_parallel, collectives, *parts, sharing=config.sharing, prune_last=config.prune_last
-    )
+    return DataParallelEngine(share, decoder, collectives, weights, banks, memory, config)
 
 
 def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
@@ -91,9 +86,9 @@ def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: 
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
     limit = config.memory_gib if kind == "cuda" else config.host_gib or config.memory_gib
     free = free_bytes(device, limit) // (1 if kind == "cuda" else share.size)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     sizes = {"wanted": config.max_sweep_tokens, "chunk_rows": config.chunk_rows}
-    return fit_share(share, kind, free, dtype=name, bank_dtype=name, **sizes).sweep
+    return fit_share(share, kind, free, dtype=name, bank_dtype=bank_dtype(config, name), **sizes).sweep
 
 
 def agreed_plan(config: EngineConfig, share: Share, ranks: RankGroup, dtype: torch.dtype) -> MemoryPlan:
@@ -109,3 +104,7 @@ def agreed_plan(config: EngineConfig, share: Share, ranks: RankGroup, dtype: tor
         raise refused or PlanError(f"rank {int(all_sizes[:, 0].argmin())} has no room for its part of the model")
     tokens, rows = all_sizes.min(axis=0).tolist()
     return memory_plan(share.spec, dtype.itemsize, tokens, rows)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -118,6 +118,7 @@ class ExpertDispatch(DataParallelDecoder):
                 bank.gate_up,
                 bank.down,
                 torch.zeros_like(rows_MD[part]),
+                bank.scales,
                 num_rows=count,
             )
             for part, count in grouped_sources(rows, pairs, self._most_pairs)
@@ -147,7 +148,9 @@ class TokenGather(DataParallelDecoder):
         rows = self._collectives.all_gather(_padded(normed_TD, longest, normed_TD.new_zeros(1, 1)))
         weights, ids = unpack_choices(self._collectives.all_gather(_padded(choices, longest, elsewhere)))
         num_rows = None if total == len(rows) else total * self.spec.top_k
-        part = ops.experts(rows, weights, ids, bank.gate_up, bank.down, torch.zeros_like(rows), num_rows=num_rows)
+        part = ops.experts(
+            rows, weights, ids, bank.gate_up, bank.down, torch.zeros_like(rows), bank.scales, num_rows=num_rows
+        )
         return base_TD + self._collectives.reduce_scatter(part)[: len(base_TD)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import Sharing
+from ..config import EngineConfig
 from ..core import AtomicRequest
 from ..engine.local import Answer, LocalEngine
 from ..engine.plan import SweepPlan
@@ -40,13 +40,17 @@ class StrategyEngine(LocalEngine):
         weights: ModelWeights,
         banks: Sequence[ExpertBank | None],
         memory: MemoryPlan,
-        *,
-        sharing: Sharing = "auto",
-        prune_last: bool = True,
+        config: EngineConfig,
     ) -> None:
-        device = collectives.ranks.device
         super().__init__(
-            share.whole, weights, ResidentBanks(banks), memory, device=device, sharing=sharing, prune_last=prune_last
+            share.whole,
+            weights,
+            ResidentBanks(banks),
+            memory,
+            device=collectives.ranks.device,
+            sharing=config.sharing,
+            prune_last=config.prune_last,
+            quantization=config.quantization,
         )
         self.share = share
         self.traffic = collectives.traffic

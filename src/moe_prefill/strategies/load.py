@@ -8,25 +8,33 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint import Checkpoint, TensorEntry, audit, dummy_slots, load_slots
+from ..engine.quantized import QuantizedRows
+from ..experts import BankLayout
 from ..models import family
 from ..models.common.names import Placement, ignorer, required
 from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
+from ..residency import expert_record
 from ..shapes import Shape, bank_shapes, slot_shapes
 from .share import Share
 
-# Rows of a slot's first dimension (of a bank: experts), uninitialised nowhere: a filled tensor.
+# A filled tensor: these rows of a slot's first dimension (of a bank: experts).
 Fill = Callable[[str, Shape, range], torch.Tensor]
 
 
-def load_share(share: Share, fill: Fill) -> tuple[ModelWeights, list[ExpertBank | None]]:
-    """The weights that the rank computes with; banks by layer of the whole model, None where it has none."""
-    shapes = slot_shapes(share.whole) | bank_shapes(share.whole)
+def load_share(share: Share, fill: Fill, bank_dtype: str) -> tuple[ModelWeights, list[ExpertBank | None]]:
+    """The weights that the rank computes with; banks by layer of the whole model, None where it has none.
+
+    ``bank_dtype``: of the stored experts; float8 ones get their scales from the rank's own part of a row.
+    """
     slots = {
-        slot: share.part(slot, fill(slot, shape, _rows(share, slot, shape)))
-        for slot, shape in shapes.items()
+        slot: share.part(slot, fill(slot, shape, range(shape[0])))
+        for slot, shape in slot_shapes(share.whole).items()
         if share.holds(slot)
     }
-    return _weights(share, slots), [_bank(slots, layer) for layer in range(share.whole.num_layers)]
+    layout = BankLayout(len(share.experts), expert_record(share.spec, bank_dtype))
+    sparse = {layer for layer in share.layers if share.whole.layers[layer].sparse}
+    banks = [_bank(share, fill, layout, i) if i in sparse else None for i in range(share.whole.num_layers)]
+    return _weights(share, slots), banks
 
 
 def dummy_fill(share: Share, *, dtype: torch.dtype, device: torch.device, seed: int, skew: float) -> Fill:
@@ -69,10 +77,6 @@ def checkpoint_fill(share: Share, checkpoint: Checkpoint, *, dtype: torch.dtype,
     return fill
 
 
-def _rows(share: Share, slot: str, shape: Shape) -> range:
-    return share.experts if slot.startswith("banks.") else range(shape[0])
-
-
 def _weights(share: Share, slots: dict[str, torch.Tensor]) -> ModelWeights:
     """``layers[i]`` is the i-th layer of this rank's."""
     renamed = dict(slots)
@@ -83,6 +87,17 @@ def _weights(share: Share, slots: dict[str, torch.Tensor]) -> ModelWeights:
     return weights_from_slots(replace(share.spec, layers=mine), renamed)
 
 
-def _bank(slots: dict[str, torch.Tensor], layer: int) -> ExpertBank | None:
-    gate_up, down = slots.get(f"banks.{layer}.gate_up"), slots.get(f"banks.{layer}.down")
-    return None if gate_up is None or down is None else ExpertBank(gate_up, down)
+def _bank(share: Share, fill: Fill, layout: BankLayout, layer: int) -> ExpertBank:
+    """A bank in the layout that streamed ones have, so that the matrix products see the same strides."""
+    shapes = bank_shapes(share.whole)
+    views: dict[str, torch.Tensor] = {}
+    for field in ("gate_up", "down"):
+        slot = f"banks.{layer}.{field}"
+        part = share.part(slot, fill(slot, shapes[slot], share.experts))
+        if not views:
+            views = layout.views(torch.empty(layout.bank_bytes, dtype=torch.uint8, device=part.device))
+        scales = views.get(f"{field}_scale")
+        for index, expert in enumerate(part):
+            target = views[field][index]
+            (target if scales is None else QuantizedRows(target, scales[index])).copy_(expert)
+    return ExpertBank(**views)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..config import Sharing
+from ..config import EngineConfig
 from ..core import AtomicRequest, AtomicResult, Float32Array
 from ..engine.local import Answer
 from ..engine.plan import SweepPlan
@@ -83,13 +83,10 @@ class PipelineEngine(StrategyEngine):
         weights: ModelWeights,
         banks: Sequence[ExpertBank | None],
         memory: MemoryPlan,
-        *,
-        micro_batches: int,
-        sharing: Sharing = "auto",
-        prune_last: bool = True,
+        config: EngineConfig,
     ) -> None:
-        super().__init__(share, decoder, collectives, weights, banks, memory, sharing=sharing, prune_last=prune_last)
-        self._micro_batches = micro_batches
+        super().__init__(share, decoder, collectives, weights, banks, memory, config)
+        self._micro_batches = config.micro_batches
         self._before, self._after = links(collectives)
         self._ahead: deque[tuple[SweepPlan, Transfer | None]] = deque()
         self._sent: deque[Transfer] = deque()

@@ -37,7 +37,7 @@ class TensorParallelDecoder(Decoder):
         weights, ids = self.route(layer.ffn, normed)
         base = torch.zeros_like(x_TD) if layer.ffn.shared is None else self.shared(layer.ffn, normed)
         ids, num_rows = self._within_bank(ids)
-        part = ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, num_rows=num_rows)
+        part = ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, bank.scales, num_rows=num_rows)
         return x_TD + self._collectives.all_reduce(part)
 
     def norm_all_heads(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
