@@ -139,12 +139,15 @@ class _Planner:
     def _stages(self) -> list[list[dict[Level, int]]]:
         """Counts of levels, from best to worst: only resident ones, those without the host, all."""
         total = self.spec.num_sparse_layers
+
+        def fewer(best: Level, worse: Level) -> list[dict[Level, int]]:
+            return [{best: here, worse: total - here} for here in range(total - 1, -1, -1)]
+
         resident: list[dict[Level, int]] = [{"resident": total}]
-        down = range(total - 1, -1, -1)
         if self.budget.ranks == 1:
-            return [resident, [*resident, *({"resident": here, "offloaded": total - here} for here in down)]]
-        devices = [*resident, *({"resident": here, "sharded": total - here} for here in down)]
-        return [resident, devices, [*devices, *({"sharded": here, "hybrid": total - here} for here in down)]]
+            return [resident, resident + fewer("resident", "offloaded")]
+        devices = resident + fewer("resident", "sharded")
+        return [resident, devices, devices + fewer("sharded", "hybrid")]
 
     def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
         return _Candidate(levels_of(self.spec, counts), *size)
