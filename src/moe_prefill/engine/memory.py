@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..memory import GIB
 
 _CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
+_NO_LIMIT = 1 << 60  # version 1 writes a number like this where there is none
 _GROWING = (Path("/sys/bus/virtio/drivers/virtio_balloon"), Path("/sys/bus/virtio/drivers/virtio_mem"))
 
 
@@ -60,9 +61,10 @@ def _cgroup(*names: str) -> int | None:
     for folder in _CGROUPS:
         for name in names:
             try:
-                return int((folder / name).read_text())
+                number = int((folder / name).read_text())
             except (OSError, ValueError):
                 continue
+            return None if number >= _NO_LIMIT else number
     return None
 
 
