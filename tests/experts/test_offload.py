@@ -68,7 +68,7 @@ class _NeverWaitsForReady(StreamedBanks):
     def acquire(self, layer):
         slot = self._next_slot()
         now = self._lane.compute_mark()
-        self._recorder.acquired(layer, now, now, slot.fetch)
+        self._recorder.acquired(layer, now, now, None)
         return slot.bank
 
 
