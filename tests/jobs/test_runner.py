@@ -250,6 +250,17 @@ def test_places_that_cannot_be_written_are_refused_at_once(source: Path, tmp_pat
         run(source, tmp_path)
     with pytest.raises(OutputError, match="does not exist"):
         run(source, tmp_path / "none" / "out.csv")
+    for name in ("x" * 300 + ".csv", "x" * 246 + ".csv"):  # the record of the second would be too long, not the output
+        with pytest.raises(OutputError, match="File name too long"):
+            run(source, tmp_path / name)
+
+
+def test_pipes_and_devices_are_never_replaced(source: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="not a regular file"):
+        run(source, pipe, overwrite=True)
+    assert pipe.is_fifo()
 
 
 def test_two_processes_cannot_write_one_output(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import decimal
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,11 @@ def test_shards_that_disagree_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        open_for(tmp_path / ("x" * 300 + ".csv"), Path("out.csv"))
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match="is a pipe or a device"):  # opening it would wait for ever
+        open_for(tmp_path / "pipe.csv", Path("out.csv"))
     with pytest.raises(InputError, match="no such file"):
         find_files(str(tmp_path / "none.csv"))
     with pytest.raises(InputError, match="no file matches"):

@@ -75,8 +75,12 @@ class FileOutput:
             self._finished_before = resume and self.path.exists()
 
     def _check_place(self) -> None:
+        with refusals_named(sidecar_path(self.path)):
+            sidecar_path(self.path).exists()  # a name that is too long is found now, not when all is computed
         if self.path.is_dir():
             raise OutputError(f"{self.path}: is a directory; give a file name, for example {self.path / 'answers.csv'}")
+        if self.path.exists() and not self.path.is_file():
+            raise OutputError(f"{self.path}: is not a regular file; give another -o, or - for standard output")
         if not self.path.parent.is_dir():
             raise OutputError(f"{self.path}: the directory {self.path.parent} does not exist; make it first")
         if not os.access(self.path.parent, os.W_OK | os.X_OK):

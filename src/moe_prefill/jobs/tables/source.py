@@ -37,15 +37,19 @@ def find_files(source: str) -> list[Path]:
     Raises InputError where nothing is found. Hidden files and files of other kinds in a directory are left out.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):  # of os.path: a name that is too long is no name of a file
         found = sorted(p for p in path.iterdir() if p.is_file() and format_of(p) and not p.name.startswith((".", "_")))
         if not found:
             raise InputError(
                 f"{source}: the directory has no file ending in {', '.join(_SUFFIXES)} (or .gz of a text format)"
             )
         return found
-    if path.exists():
+    if os.path.isfile(source):
         return [path]
+    if os.path.exists(source):
+        raise InputError(
+            f"{source}: is a pipe or a device, which cannot be read twice; give - as INPUT, with --format"
+        )
     if glob.has_magic(source):
         found = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
         if not found:
