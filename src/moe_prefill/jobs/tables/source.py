@@ -47,9 +47,7 @@ def find_files(source: str) -> list[Path]:
     if os.path.isfile(source):
         return [path]
     if os.path.exists(source):
-        raise InputError(
-            f"{source}: is a pipe or a device, which cannot be read twice; give - as INPUT, with --format"
-        )
+        raise InputError(f"{source}: is a pipe or a device, which cannot be read twice; give - as INPUT, with --format")
     if glob.has_magic(source):
         found = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
         if not found:
