@@ -167,13 +167,21 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """The engine is built. ``rounds``: every rank must be given the same number of sweeps."""
+class EnginePlan:
+    """What is the same for every rank of a group. ``rounds``: all must be given the same number of sweeps."""
 
     forming: Forming
     rounds: bool
     plan_digest: str
     peak_flops: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The engine is built. ``layer_s``: predicted seconds of one layer of a full sweep."""
+
+    plan: EnginePlan
+    layer_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

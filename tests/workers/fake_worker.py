@@ -41,6 +41,8 @@ class FakeEngine:
     limits = FORMING.limits
     plan_digest = "fake"
     peak_flops = 1e12
+    num_layers = LAYERS
+    device_kind = "fake"
 
     def __init__(self, start: Start, rank: int, page_fd: int, store_fd: int) -> None:
         self.facts = json.loads(start.config.model)

@@ -68,7 +68,7 @@ def test_a_round_has_an_entry_for_every_rank():
 def test_patience_grows_with_the_longest_layer():
     now = [0.0]
     counts = np.zeros(2, np.int64)
-    watch = Watch(counts.tolist, Patience(layer_s=30, layer_factor=10), lambda: now[0])
+    watch = Watch(counts.tolist, Patience(layer_s=30, layer_factor=10), clock=lambda: now[0])
     now[0] = 29
     assert watch.hanging([True, True]) == []
     counts[0] = 2  # 14.5 s a layer
@@ -80,10 +80,15 @@ def test_patience_grows_with_the_longest_layer():
     assert watch.hanging([True, False]) == [0]
 
 
+def test_patience_starts_from_what_is_predicted():
+    assert Watch(lambda: [0], Patience(layer_s=30), 5.0).limit_s == 50
+    assert Watch(lambda: [0], Patience(layer_s=30), 0.1).limit_s == 30
+
+
 def test_waiting_for_work_is_not_hanging():
     now = [0.0]
     counts = np.zeros(1, np.int64)
-    watch = Watch(counts.tolist, Patience(layer_s=1), lambda: now[0])
+    watch = Watch(counts.tolist, Patience(layer_s=1), clock=lambda: now[0])
     for now[0] in (10.0, 20.0):
         assert watch.hanging([False]) == []
     now[0] = 20.9

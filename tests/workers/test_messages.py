@@ -15,6 +15,7 @@ from moe_prefill.forest import SharingRule
 from moe_prefill.forming import Forming
 from moe_prefill.messages import (
     Decoder,
+    EnginePlan,
     Failure,
     Hello,
     PackedRequests,
@@ -107,14 +108,17 @@ def test_results_come_back(results, pieces):
         Hello(version=1, rank=3, pid=17),
         Start(config=EngineConfig(model="m", sharing="force", max_sweep_tokens=9), size=4, store_port=1234),
         Ready(
-            forming=Forming(
-                limits=EngineLimits(max_request_tokens=1, max_sweep_tokens=2, vocab_size=3),
-                rule=SharingRule(min_saved=0.5),
-                private_beyond=64,
+            plan=EnginePlan(
+                forming=Forming(
+                    limits=EngineLimits(max_request_tokens=1, max_sweep_tokens=2, vocab_size=3),
+                    rule=SharingRule(min_saved=0.5),
+                    private_beyond=64,
+                ),
+                rounds=True,
+                plan_digest="d",
+                peak_flops=None,
             ),
-            rounds=True,
-            plan_digest="d",
-            peak_flops=None,
+            layer_s=0.1,
         ),
         Failure(code="PlanError", message="häßlich \n"),
         Shutdown(),

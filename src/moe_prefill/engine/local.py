@@ -86,6 +86,14 @@ class LocalEngine:
         self._stats = RunStats()
 
     @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers
+
+    @property
+    def device_kind(self) -> str:
+        return self._device.type
+
+    @property
     def limits(self) -> EngineLimits:
         return self.memory.limits(self.spec)
 

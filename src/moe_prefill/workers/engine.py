@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from queue import SimpleQueue
 from ..config import EngineConfig
 from ..core import AtomicRequest, AtomicResult, EngineLimits, RunStats, ScoringEngine
 from ..errors import MoePrefillError, WorkerError
-from ..messages import Message, PackedRequests, PackedResults, Ready, Score, Scored
+from ..messages import EnginePlan, Message, PackedRequests, PackedResults, Ready, Score, Scored
 from .board import Board, Sweep
 from .group import Closed, WorkerGroup, WorkerLost
 from .watch import Patience, Watch
@@ -54,8 +55,9 @@ class GroupEngine:
         self._stats = RunStats()
         self._busy_since = time.monotonic()
         self._wake, self._waker = socket.socketpair()
-        self._first = SimpleQueue[Ready | Exception]()
-        self._ready: Ready | None = None
+        self._waker.setblocking(False)
+        self._first = SimpleQueue[EnginePlan | Exception]()
+        self._plan: EnginePlan | None = None  # of the first life, and so of all
         self._thread = threading.Thread(target=self._run, name="workers", daemon=True)
         self._thread.start()
         try:
@@ -68,27 +70,34 @@ class GroupEngine:
             raise first
 
     @property
+    def plan(self) -> EnginePlan:
+        assert self._plan is not None
+        return self._plan
+
+    @property
     def limits(self) -> EngineLimits:
-        return self._plan.forming.limits
+        return self.plan.forming.limits
 
     @property
     def stats(self) -> RunStats:
-        """Sums over the workers; ``busy_s`` is wall-clock time in which any of them had work."""
+        """Sums over the workers. Of times, ``busy_s`` is that in which any worker had work, and ``exposed_s`` the mean
+        of their waiting.
+        """
         return self._stats
 
     @property
     def plan_digest(self) -> str:
-        return self._plan.plan_digest
+        return self.plan.plan_digest
 
     @property
     def peak_flops(self) -> float | None:
         """Of all workers together."""
-        peak = self._plan.peak_flops
+        peak = self.plan.peak_flops
         return None if peak is None else peak * self.size
 
     def score(self, requests: Sequence[AtomicRequest]) -> list[AtomicResult | Exception]:
         """Answers in the order of the requests. Raises WorkerError when the workers cannot be brought back."""
-        forming = self._plan.forming
+        forming = self.plan.forming
         answers: list[AtomicResult | Exception | None] = [forming.refusal(request) for request in requests]
         valid = [index for index, answer in enumerate(answers) if answer is None]
         inbox = SimpleQueue[tuple[list[int], PackedResults] | Exception]()
@@ -111,15 +120,10 @@ class GroupEngine:
     def close(self) -> None:
         """End the workers and wait until they are gone."""
         self._closing = True
-        self._waker.send(b"!")
+        self._wake_up()
         self._thread.join()
         self._wake.close()
         self._waker.close()
-
-    @property
-    def _plan(self) -> Ready:
-        assert self._ready is not None
-        return self._ready
 
     def _submit(self, sweep: Sweep) -> None:
         with self._lock:
@@ -127,7 +131,11 @@ class GroupEngine:
                 raise self._error
             self._count_busy_time()
             self._board.add(sweep)
-        self._waker.send(b"!")
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # so many calls are unheard that one more says nothing
+            self._waker.send(b"!")
 
     # Everything below runs in the thread that owns the processes.
 
@@ -144,18 +152,18 @@ class GroupEngine:
         while True:
             group = WorkerGroup(self._config, self.size, self._patience, self._wake, lambda: self._closing)
             try:
-                self._opened(group.start(), lost_s)
+                layer_s = self._opened(group.start(), lost_s)
                 lost_s = None
-                self._serve(group)
+                self._serve(group, layer_s)
             except Closed:
-                if self._ready is not None and self._board.idle:
+                if self._plan is not None and self._board.idle:
                     group.finish()
                 return
             except WorkerLost as loss:
                 lost_s = lost_s or time.monotonic()
                 losses = losses + 1 if finished == self._stats.sweeps else 1
                 finished = self._stats.sweeps
-                if (loss.reported and self._ready is None) or losses > self._patience.restarts:
+                if (loss.reported and self._plan is None) or losses > self._patience.restarts:
                     raise _last_error(loss, losses) from None
                 with self._lock:
                     again = self._board.take_back()
@@ -163,32 +171,35 @@ class GroupEngine:
             finally:
                 group.kill()
 
-    def _opened(self, ready: list[Ready], lost_s: float | None) -> None:
-        """Every rank is ready: the first time their plan becomes the engine's, later it must be the same."""
-        plan = ready[0]
-        if any(other != plan for other in ready):
+    def _opened(self, ready: list[Ready], lost_s: float | None) -> float:
+        """Every rank is ready: the first time their plan becomes the engine's, later it must be the same. Returns the
+        predicted seconds of a layer.
+        """
+        plan = ready[0].plan
+        if any(rank.plan != plan for rank in ready):
             raise WorkerError(
-                f"the workers' plans differ ({', '.join(r.plan_digest for r in ready)}): the GPUs of a group must be "
-                "of one kind and have the same memory free; set --max-sweep-tokens, or choose with CUDA_VISIBLE_DEVICES"
+                f"the workers' plans differ ({', '.join(rank.plan.plan_digest for rank in ready)}): "
+                "the GPUs of a group must be of one kind; choose them with CUDA_VISIBLE_DEVICES"
             )
-        if self._ready is None:
+        if self._plan is None:
             limits = plan.forming.limits  # free memory may be another one after a restart
             self._config = replace(self._config, max_sweep_tokens=limits.max_sweep_tokens, chunk_rows=limits.chunk_rows)
             self._board = Board(self.size, rounds=plan.rounds)
-            self._ready = plan
+            self._plan = plan
             self._first.put(plan)
-            return
-        if plan != self._ready:
-            raise WorkerError(f"the plan after a restart is {plan}, it was {self._ready}")
-        assert lost_s is not None
-        recovery_s = time.monotonic() - lost_s
-        with self._lock:
-            self._stats += RunStats(restarts=1, recovery_s=recovery_s)
-        _log.warning("the workers are back after %.1f s", recovery_s)
+        elif plan != self._plan:
+            raise WorkerError(f"the plan after a restart is {plan}, it was {self._plan}")
+        else:
+            assert lost_s is not None
+            recovery_s = time.monotonic() - lost_s
+            with self._lock:
+                self._stats += RunStats(restarts=1, recovery_s=recovery_s)
+            _log.warning("the workers are back after %.1f s", recovery_s)
+        return max(rank.layer_s for rank in ready)
 
-    def _serve(self, group: WorkerGroup) -> None:
+    def _serve(self, group: WorkerGroup, layer_s: float) -> None:
         """Give, take, watch, until the group is closed or lost."""
-        watch = Watch(group.page.read, self._patience)
+        watch = Watch(group.page.read, self._patience, layer_s)
         while True:
             with self._lock:
                 given = list(self._board.give())
@@ -207,7 +218,8 @@ class GroupEngine:
         with self._lock:
             self._count_busy_time()
             sweep = self._board.done(rank, message.number)
-            self._stats += replace(message.stats, busy_s=0.0)
+            exposed_s = message.stats.exposed_s / self.size
+            self._stats += replace(message.stats, busy_s=0.0, exposed_s=exposed_s)
         if sweep is not None:
             sweep.inbox.put((sweep.members, message.results))
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from ..errors import MoePrefillError
 from ..messages import (
     VERSION,
     Decoder,
+    EnginePlan,
     Failure,
     Hello,
     Message,
@@ -95,15 +97,13 @@ def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> i
     assert isinstance(start, Start), start
     try:
         engine = build(start, rank, page_fd, store_fd)
-        warm_up(engine)
-        controller.send(
-            Ready(
-                forming=engine.forming,
-                rounds=engine.rounds,
-                plan_digest=engine.plan_digest,
-                peak_flops=engine.peak_flops,
-            )
+        plan = EnginePlan(
+            forming=engine.forming,
+            rounds=engine.rounds,
+            plan_digest=engine.plan_digest,
+            peak_flops=engine.peak_flops,
         )
+        controller.send(Ready(plan=plan, layer_s=warm_up(engine)))
         serve(engine, controller)
         engine.close()
     except MoePrefillError as error:
@@ -116,12 +116,18 @@ def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> i
     return 0
 
 
-def warm_up(engine: LocalEngine) -> None:
-    """One small sweep, so that what is compiled or opened at first use does not count as a hanging layer."""
+def warm_up(engine: LocalEngine) -> float:
+    """Two small sweeps: in the first, what is compiled or opened at first use. From the second, how long a layer of a
+    full sweep may take, in seconds: on a CPU in proportion to its tokens, while a GPU needs many to be busy at all.
+    """
     tokens = np.zeros(min(_WARM_UP_TOKENS, engine.limits.max_request_tokens), np.int32)
     asked = [AtomicRequest.candidates(tokens, [0]), AtomicRequest.candidates(tokens, [0], vocabulary=True)]
-    for _ in engine.compute([asked]):
-        pass
+    for _ in range(2):
+        start = time.perf_counter()
+        for _ in engine.compute([asked]):
+            pass
+        layer_s = (time.perf_counter() - start) / engine.num_layers
+    return layer_s * engine.limits.max_sweep_tokens / len(tokens) if engine.device_kind == "cpu" else layer_s
 
 
 def serve(engine: LocalEngine, controller: Controller) -> None:

@@ -12,7 +12,7 @@ class Patience:
     """How long the controller waits, in seconds, and how often it tries again.
 
     A worker hangs when it has work and finishes no layer for ``layer_s`` or ``layer_factor`` times the longest layer
-    seen so far, whichever is more. ``restarts`` are in a row: finished work starts the count again.
+    seen or predicted so far, whichever is more. ``restarts`` are in a row: finished work starts the count again.
     """
 
     start_s: float = 3600.0  # until the engines are built: weights may come over a network
@@ -26,12 +26,16 @@ class Watch:
     """Follows the layers that each rank has finished, which ``counts`` reads, through one life of the group."""
 
     def __init__(
-        self, counts: Callable[[], list[int]], patience: Patience, clock: Callable[[], float] = time.monotonic
+        self,
+        counts: Callable[[], list[int]],
+        patience: Patience,
+        predicted_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._counts, self._patience, self._clock = counts, patience, clock
         self._last = counts()
         self._since = [clock()] * len(self._last)
-        self.longest_s = 0.0
+        self.longest_s = predicted_s
 
     @property
     def limit_s(self) -> float:
