@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..checkpoint import Checkpoint
 from ..config import EngineConfig
 from ..core import ModelSpec
 from ..engine.build import pick_dtype
@@ -41,13 +42,19 @@ def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEng
     dtype = pick_dtype(config.dtype, spec, ranks.device)
     share = requested_share(config, spec, ranks.rank, ranks.size)
     memory = agreed_plan(config, share, ranks, dtype)
-    if checkpoint is None:
-        skew = config.dummy_skew or 1.0
-        fill = dummy_fill(share, dtype=dtype, device=ranks.device, seed=config.seed, skew=skew)
-    else:
-        fill = checkpoint_fill(share, checkpoint, dtype=dtype, device=ranks.device)
-    weights, banks = load_share(share, fill, bank_dtype(config, dtype_name(dtype)))
+    weights, banks = load_rank(config, share, checkpoint, ranks.device, dtype)
     return strategy_engine(config, share, ranks, weights, banks, memory)
+
+
+def load_rank(
+    config: EngineConfig, share: Share, checkpoint: Checkpoint | None, device: torch.device, dtype: torch.dtype
+) -> tuple[ModelWeights, list[ExpertBank | None]]:
+    """The rank's weights and banks, made up where there is no checkpoint."""
+    if checkpoint is None:
+        fill = dummy_fill(share, dtype=dtype, device=device, seed=config.seed, skew=config.dummy_skew or 1.0)
+    else:
+        fill = checkpoint_fill(share, checkpoint, dtype=dtype, device=device)
+    return load_share(share, fill, bank_dtype(config, dtype_name(dtype)))
 
 
 def requested_share(config: EngineConfig, spec: ModelSpec, rank: int, size: int) -> Share:

@@ -17,6 +17,10 @@ import torch.distributed as dist
 
 from ..core import Int64Array
 
+# Releases of torch after 2.11 have new names for these, and warn of the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGroup:
@@ -77,14 +81,14 @@ class Collectives:
         """Equally many rows of every rank, in order of ranks: [m, ...] to [N m, ...]."""
         self.traffic.add("all-gather", (self.ranks.size - 1) * rows.nbytes)
         out = rows.new_empty(self.ranks.size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous(), group=self.ranks.group)
+        _all_gather(out, rows.contiguous(), group=self.ranks.group)
         return out
 
     def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of [N m, ...]; each rank gets its own m rows."""
         out = rows.new_empty(len(rows) // self.ranks.size, *rows.shape[1:])
         self.traffic.add("reduce-scatter", rows.nbytes - out.nbytes)
-        dist.reduce_scatter_tensor(out, rows, group=self.ranks.group)
+        _reduce_scatter(out, rows, group=self.ranks.group)
         return out
 
     def all_to_all(self, rows: torch.Tensor, send: list[int], receive: list[int], operation: str) -> torch.Tensor:
@@ -99,5 +103,5 @@ class Collectives:
         """Integers of every rank, [N, len(values)]; waits for all ranks to come here."""
         mine = torch.tensor(values, dtype=torch.int64)
         out = torch.empty(self.ranks.size * len(values), dtype=torch.int64)
-        dist.all_gather_into_tensor(out, mine, group=self.ranks.control)
+        _all_gather(out, mine, group=self.ranks.control)
         return out.view(self.ranks.size, len(values)).numpy().astype(np.int64, copy=False)

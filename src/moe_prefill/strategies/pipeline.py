@@ -107,6 +107,12 @@ class PipelineEngine(StrategyEngine):
     def plan(self, requests: Sequence[AtomicRequest]) -> SweepPlan:
         return self._ahead[0][0]
 
+    def close(self) -> None:
+        super().close()
+        for link in (self._before, self._after):
+            if link is not None:
+                dist.destroy_process_group(link.group)
+
     def _announced(self, sweeps: Iterable[Sequence[AtomicRequest] | None]) -> Iterator[Sequence[AtomicRequest]]:
         """Each micro-batch, once the one behind it is planned and its residual is being received."""
         waiting: Sequence[AtomicRequest] | None = None
