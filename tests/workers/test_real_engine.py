@@ -113,6 +113,24 @@ def test_three_workers_equal_one_engine_under_dynamic_rope(tmp_path):
     check_equal(config_of(tmp_path, max_sweep_tokens=300, sharing="force"), {3: False}, requests_of(1, 97, 280))
 
 
+def test_ranks_that_stage_shards_for_one_another_survive_a_loss(tmp_path):
+    """Hybrid residency: every rank waits for its peers in every layer, and all go in rounds."""
+    save_tiny(tmp_path)
+    requests = requests_of(2, 97, 280, 200)
+    expected = build_engine(config_of(tmp_path, max_sweep_tokens=300)).score(requests)
+    engine = GroupEngine(config_of(tmp_path, max_sweep_tokens=300, residency="hybrid", gpus=2))
+    assert engine.plan.rounds
+
+    def kill_one() -> None:
+        assert wait_for(lambda: engine.stats.sweeps > 4)
+        harm(workers()[1], signal.SIGKILL)
+
+    threading.Thread(target=kill_one).start()
+    assert all(equal(a, b) for a, b in zip(expected, engine.score(requests), strict=True))
+    assert engine.stats.restarts == 1
+    engine.close()
+
+
 def test_what_the_workers_refuse_is_refused_here():
     with pytest.raises(PlanError, match="MiB of device memory"):
         GroupEngine(config_of(DEMO / "checkpoint", gpus=2, host_gib=0.001))
@@ -140,7 +158,8 @@ def test_layers_are_counted_and_empty_sweeps_move_banks_only(tmp_path):
     engine.close()
 
 
-def test_a_job_of_two_processes_killed_and_resumed_writes_the_file_of_one(tmp_path):
+@pytest.mark.parametrize("resume_with", [1, 2] if os.environ.get("MOE_PREFILL_LONG") else [1])
+def test_a_job_of_two_processes_killed_and_resumed_writes_the_file_of_one(tmp_path, resume_with):
     def job(output: Path, gpus: int, *flags: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "moe_prefill.cli", "classify", str(ROOT / "examples/data/mails.csv")]
         command += ["--task", str(DEMO / "spam.toml"), "--model", str(DEMO / "checkpoint"), "--device", "cpu"]
@@ -155,5 +174,5 @@ def test_a_job_of_two_processes_killed_and_resumed_writes_the_file_of_one(tmp_pa
     assert first.poll() is None, "the job was over before it could be killed"
     first.kill()
     first.wait()
-    assert job(two, 2, "--resume").wait() == 0
+    assert job(two, resume_with, "--resume").wait() == 0
     assert two.read_bytes() == one.read_bytes()
