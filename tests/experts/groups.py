@@ -24,10 +24,17 @@ _LIMIT_S = 120.0
 
 
 def run_group(
-    work: Callable[..., Any], size: int, directory: Path, *arguments: Any, timeout_s: float = 60.0
+    work: Callable[..., Any],
+    size: int,
+    directory: Path,
+    *arguments: Any,
+    timeout_s: float = 60.0,
+    start: str = "forkserver",
 ) -> list[Any]:
-    """``work(ranks, *arguments)`` of every rank; ``timeout_s`` is the ranks' own. A rank's exception is raised here."""
-    context = multiprocessing.get_context("forkserver")
+    """``work(ranks, *arguments)`` of every rank; ``timeout_s`` is the ranks' own. A rank's exception is raised here.
+    ``start``: ``spawn`` for ranks that use CUDA.
+    """
+    context = multiprocessing.get_context(start)
     context.set_forkserver_preload(["tests.experts.rank_work"])
     path = directory / f"store-{work.__name__}-{size}-{time.monotonic_ns()}"
     ranks = []

@@ -13,6 +13,8 @@ from moe_prefill.core import AtomicRequest, ModelSpec
 from moe_prefill.engine.banks import BankMemory
 from moe_prefill.engine.local import LocalEngine
 from moe_prefill.experts import Transport
+from moe_prefill.memory import plan_memory
+from moe_prefill.models.weights import weights_from_slots
 from tests.reference import Converted, convert, engine_of, everything, random_model, random_requests
 
 FOUR_LAYERS = 20  # a seed whose olmoe has four sparse layers of 7 experts
@@ -21,8 +23,8 @@ Wrap = Callable[[Transport], Transport]
 
 
 @functools.cache
-def model_of(family: str, seed: int) -> Converted:
-    return convert(random_model(family, seed))
+def model_of(family: str, seed: int, dtype: torch.dtype = torch.float32) -> Converted:
+    return convert(random_model(family, seed, dtype))
 
 
 def filled_memory(converted: Converted, levels: Sequence[str | None], **options) -> BankMemory:
@@ -62,6 +64,19 @@ def scores(engine: LocalEngine, requests: Sequence[AtomicRequest]) -> torch.Tens
     """Every logit of every request, in one vector."""
     results = engine.score(requests)
     return torch.from_numpy(np.concatenate([result.logits.ravel() for result in results]))
+
+
+def engine_on(device: torch.device, converted: Converted, banks, **options) -> LocalEngine:
+    """An engine on a GPU (or a CPU) over banks that are there already."""
+    slots = {name: tensor.to(device) for name, tensor in converted.slots.items()}
+    element = converted.slots["embed"].dtype.itemsize
+    memory = plan_memory(converted.spec, kind=device.type, element=element, budget=4 << 30)
+    weights = weights_from_slots(converted.spec, slots)
+    return LocalEngine(converted.spec, weights, banks, memory, device=device, **options)
+
+
+def resident_on(device: torch.device, converted: Converted):
+    return filled_memory(converted, all_levels(converted.spec, "resident"), device=device).source()
 
 
 def streamed_engine(converted: Converted, memory: BankMemory, **options) -> LocalEngine:

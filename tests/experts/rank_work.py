@@ -10,13 +10,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch._C._distributed_c10d import PrefixStore
 
+from moe_prefill.config import EngineConfig
+from moe_prefill.engine import build_engine
 from moe_prefill.engine.sweep import run_without_tokens
 from moe_prefill.errors import WorkerError
 from moe_prefill.experts import HybridTransport, Ranks
 from moe_prefill.residency import expert_record, shard_of
 from tests.experts.faults import ChaosLane, ChaosTransport
 from tests.experts.groups import die
-from tests.experts.helpers import FOUR_LAYERS, cycled_levels, filled_memory, model_of, requests_of, scores, wrapped
+from tests.experts.helpers import (
+    FOUR_LAYERS,
+    cycled_levels,
+    engine_on,
+    filled_memory,
+    model_of,
+    requests_of,
+    resident_on,
+    scores,
+    wrapped,
+)
 from tests.reference import FAMILIES, Converted, engine_of
 
 # The process that forks the ranks makes the models once, on one thread: a pool of threads would not survive the fork.
@@ -24,6 +36,7 @@ torch.set_num_threads(1)
 for family, seed in [(name, 0) for name in FAMILIES] + [("olmoe", FOUR_LAYERS)]:
     model_of(family, seed)
 
+CPU = torch.device("cpu")
 MIXES = (
     (("sharded",), "copy-engine"),
     (("sharded",), "nccl"),
@@ -62,10 +75,11 @@ def below(ranks: Ranks, name: str) -> Ranks:
     return replace(ranks, store=PrefixStore(name, ranks.store))
 
 
-def source_of(converted: Converted, case: Case, ranks: Ranks):
+def source_of(converted: Converted, case: Case, ranks: Ranks, device: torch.device = CPU):
     memory = filled_memory(
         converted,
         cycled_levels(converted.spec, case.levels),
+        device=device,
         buffers=case.buffers,
         staged_shards=case.staged_shards,
         transport=case.transport,
@@ -73,7 +87,8 @@ def source_of(converted: Converted, case: Case, ranks: Ranks):
         slice_bytes=3000,
     )
     if case.chaos is not None:
-        make_hostile(memory._transports.values(), case.chaos + ranks.rank)
+        if device == CPU:
+            make_hostile(memory._transports.values(), case.chaos + ranks.rank)
         wrapped(memory, lambda inner: ChaosTransport(inner, case.chaos + ranks.rank, longest_s=0.002))
     return memory.source()
 
@@ -104,7 +119,7 @@ def all_cases(ranks: Ranks, seeds: int) -> list[str]:
     return wrong
 
 
-def wrong_bytes(sweeps, converted: Converted, case: Case, ranks: Ranks) -> Iterator[str]:
+def wrong_bytes(sweeps, converted: Converted, case: Case, ranks: Ranks, sweeps_made: int = 2) -> Iterator[str]:
     """Layers whose counters are not what their level says."""
     count = converted.spec.num_experts
     sizes = [
@@ -120,7 +135,7 @@ def wrong_bytes(sweeps, converted: Converted, case: Case, ranks: Ranks) -> Itera
         "hybrid": {"host": mine, **copied},
     }
     levels = cycled_levels(converted.spec, case.levels)
-    if len(sweeps) != 2:
+    if len(sweeps) != sweeps_made:
         yield f"{len(sweeps)} sweeps have counters"
     for stats in sweeps:
         for layer in stats.layers:
@@ -215,3 +230,77 @@ def broken_hybrid(ranks: Ranks, which: str, seeds: int) -> bool:
             shown |= not torch.equal(scores(engine, requests), expected)
         engine.close()
     return shown
+
+
+def device_of(ranks: Ranks, on_one_gpu: bool) -> torch.device:
+    device = torch.device("cuda", 0 if on_one_gpu else ranks.rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def gpu_cases(ranks: Ranks, mix: int, on_one_gpu: bool) -> list[str]:
+    """The cases of one mix in which this rank's answers on its GPU are not those of resident banks there."""
+    device, wrong = device_of(ranks, on_one_gpu), []
+    levels, transport = MIXES[mix]
+    for number, family in enumerate(FAMILIES):
+        converted = model_of(family, number, torch.bfloat16)
+        requests = requests_of(10 * number + ranks.rank)
+        expected = scores(engine_on(device, converted, resident_on(device, converted)), requests)
+        for chaos in (None, number):
+            case = Case(family, number, levels, transport, 1 + number % 3, 1 + number % 2, chaos)
+            source = source_of(converted, case, below(ranks, f"{number}-{chaos}"), device)
+            engine = engine_on(device, converted, source)
+            for _ in range(3):
+                torch.cuda._sleep(20_000_000)  # the copies run ahead of what reads them
+                if not torch.equal(scores(engine, requests), expected):
+                    wrong.append(f"rank {ranks.rank}: {case}")
+            if chaos is None:
+                wrong += wrong_bytes(engine.transfers, converted, case, ranks, sweeps_made=3)
+            engine.close()
+    return wrong
+
+
+def a_gpu_hangs(ranks: Ranks) -> str:
+    """The last rank never starts its round; the others' streams wait for it until they are told not to."""
+    device = device_of(ranks, on_one_gpu=True)
+    converted = model_of("olmoe", FOUR_LAYERS)
+    source = source_of(converted, Case("olmoe", 0, ("hybrid",), "copy-engine", 2, 2), ranks, device)
+    if ranks.rank == ranks.size - 1:
+        return "hung"
+    run_without_tokens(converted.spec.num_layers, source)
+    stream = torch.cuda.current_stream(device)
+    time.sleep(0.5)
+    assert not stream.query(), "a bank came without its last part"
+    threading.Timer(0.5, source.abort, ["the controller found a rank that hangs"]).start()
+    stream.synchronize()
+    try:
+        run_without_tokens(converted.spec.num_layers, source)
+    except WorkerError as error:
+        source.close()
+        return str(error)
+    return "no error"
+
+
+def built_engines(ranks: Ranks, directory: str) -> list[str]:
+    """The settings by which an engine, built from files in its parts, answers differently from a resident one."""
+    wrong = []
+    for number, load_format in enumerate(("safetensors", "dummy")):
+        settings = {
+            "model": directory,
+            "device": "cpu",
+            "threads": 1,
+            "load_format": load_format,
+            "max_sweep_tokens": 600,  # one sweep on every rank: hybrid banks come in rounds
+            "chunk_rows": 64,
+            "host_gib": 1.0,
+        }
+        requests = requests_of(ranks.rank)
+        expected = scores(build_engine(EngineConfig(**settings, residency="resident")), requests)
+        choices = ["offloaded"] if ranks.size == 1 else ["sharded", "hybrid", "resident:1,sharded:1,hybrid:2"]
+        for choice in choices:
+            config = EngineConfig(**settings, residency=choice)
+            engine = build_engine(config, ranks if ranks.size == 1 else below(ranks, f"{number}-{choice}"))
+            if not torch.equal(scores(engine, requests), expected):
+                wrong.append(f"rank {ranks.rank}: {config}")
+            engine.close()
+    return wrong

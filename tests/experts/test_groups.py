@@ -8,6 +8,8 @@ import pytest
 
 from tests.experts import rank_work
 from tests.experts.groups import LOST, run_group
+from tests.experts.helpers import FOUR_LAYERS
+from tests.reference import random_model
 
 SEEDS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
 
@@ -15,6 +17,12 @@ SEEDS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_transport_equals_resident(size, tmp_path):
     assert run_group(rank_work.all_cases, size, tmp_path, SEEDS) == [[]] * size
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_engines_built_from_files_equal_resident(size, tmp_path):
+    random_model("olmoe", FOUR_LAYERS).save_pretrained(tmp_path / "model")
+    assert run_group(rank_work.built_engines, size, tmp_path, str(tmp_path / "model")) == [[]] * size
 
 
 def test_ranks_with_0_1_and_3_sweeps_of_work_and_a_late_one(tmp_path):

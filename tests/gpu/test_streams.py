@@ -5,36 +5,27 @@ the host inside a sweep.
 import pytest
 import torch
 
-from moe_prefill.engine.local import LocalEngine
 from moe_prefill.engine.sweep import run_sweep
-from moe_prefill.memory import plan_memory
-from moe_prefill.models.weights import weights_from_slots
 from tests.experts.faults import ChaosTransport
-from tests.experts.helpers import FOUR_LAYERS, all_levels, cycled_levels, filled_memory, requests_of, scores, wrapped
-from tests.reference import FAMILIES, Converted, convert, random_model
+from tests.experts.helpers import (
+    FOUR_LAYERS,
+    all_levels,
+    cycled_levels,
+    engine_on,
+    filled_memory,
+    model_of,
+    requests_of,
+    resident_on,
+    scores,
+    wrapped,
+)
+from tests.reference import FAMILIES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 DEVICE = torch.device("cuda", 0)
-
-
-def engine_over(converted: Converted, banks, **options) -> LocalEngine:
-    slots = {name: tensor.to(DEVICE) for name, tensor in converted.slots.items()}
-    element = converted.slots["embed"].dtype.itemsize
-    memory = plan_memory(converted.spec, kind="cuda", element=element, budget=4 << 30)
-    weights = weights_from_slots(converted.spec, slots)
-    return LocalEngine(converted.spec, weights, banks, memory, device=DEVICE, **options)
-
-
-def sparse_model(dtype: torch.dtype) -> Converted:
-    """Four sparse layers."""
-    return convert(random_model("olmoe", FOUR_LAYERS, dtype))
-
-
-def resident(converted: Converted):
-    return filled_memory(converted, all_levels(converted.spec, "resident"), device=DEVICE).source()
 
 
 def keep_busy() -> None:
@@ -45,16 +36,16 @@ def keep_busy() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloaded_equals_resident(family, dtype):
-    converted = convert(random_model(family, 3, dtype))
+    converted = model_of(family, 3, dtype)
     requests = requests_of(3)
-    expected = scores(engine_over(converted, resident(converted), sharing="force"), requests)
+    expected = scores(engine_on(DEVICE, converted, resident_on(DEVICE, converted), sharing="force"), requests)
     for levels, depth in (
         (all_levels(converted.spec, "offloaded"), 1),
         (all_levels(converted.spec, "offloaded"), 2),
         (cycled_levels(converted.spec, ["resident", "offloaded"]), 3),
     ):
         source = filled_memory(converted, levels, buffers=depth, device=DEVICE, slice_bytes=4096).source()
-        engine = engine_over(converted, source, sharing="force")
+        engine = engine_on(DEVICE, converted, source, sharing="force")
         for _ in range(3):
             keep_busy()
             assert torch.equal(scores(engine, requests), expected), (levels, depth)
@@ -63,33 +54,33 @@ def test_offloaded_equals_resident(family, dtype):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_chaos_changes_nothing(depth):
-    converted = sparse_model(torch.bfloat16)
+    converted = model_of("olmoe", FOUR_LAYERS, torch.bfloat16)
     requests = requests_of(5)
-    expected = scores(engine_over(converted, resident(converted)), requests)
+    expected = scores(engine_on(DEVICE, converted, resident_on(DEVICE, converted)), requests)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), buffers=depth, device=DEVICE)
-    engine = engine_over(converted, wrapped(memory, lambda inner: ChaosTransport(inner, 1)).source())
+    engine = engine_on(DEVICE, converted, wrapped(memory, lambda inner: ChaosTransport(inner, 1)).source())
     for _ in range(5):
         assert torch.equal(scores(engine, requests), expected)
     engine.close()
 
 
 def test_the_same_chaos_shows_a_missing_wait():
-    converted = sparse_model(torch.bfloat16)
+    converted = model_of("olmoe", FOUR_LAYERS, torch.bfloat16)
     requests = requests_of(5)
-    expected = scores(engine_over(converted, resident(converted)), requests)
+    expected = scores(engine_on(DEVICE, converted, resident_on(DEVICE, converted)), requests)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), device=DEVICE)
     source = wrapped(memory, lambda inner: ChaosTransport(inner, 1, longest_s=0.05)).source()
     source.take_stats = list  # its marks are not done when the sweep is
     source._lane.compute_wait = lambda mark: (source._lane.compute_mark(), source._lane.compute_mark())
-    assert not torch.equal(scores(engine_over(converted, source), requests), expected)
+    assert not torch.equal(scores(engine_on(DEVICE, converted, source), requests), expected)
     source.close()
 
 
 def test_a_streamed_sweep_never_waits_for_the_host_and_says_what_it_cost():
-    converted = sparse_model(torch.bfloat16)
+    converted = model_of("olmoe", FOUR_LAYERS, torch.bfloat16)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), device=DEVICE)
     bank, source = memory._setup.layout.bank_bytes, memory.source()
-    engine = engine_over(converted, source)
+    engine = engine_on(DEVICE, converted, source)
     requests = requests_of(6, count=20)
     plan = engine.plan(requests)
     with torch.inference_mode():
@@ -113,7 +104,7 @@ def test_a_streamed_sweep_never_waits_for_the_host_and_says_what_it_cost():
 
 
 def test_host_pools_are_pinned_and_given_back():
-    converted = sparse_model(torch.float32)
+    converted = model_of("olmoe", FOUR_LAYERS)
     memory = filled_memory(converted, all_levels(converted.spec, "offloaded"), device=DEVICE)
     places = [memory._transports["offloaded"].place(layer) for layer in range(4)]
     assert all(place.is_pinned() for place in places)
