@@ -68,5 +68,5 @@ def test_experts_in_float8(dtype, experts, size, hidden):
     wide = [ops.dequantize(v, s, torch.float32) for v, s in zip(values, scales, strict=True)]
     want = base.float() + ref_experts(x.float(), weights, ids, *wide)
     error = (out.float() - want).norm() / want.norm()
-    assert error < 0.04, error
+    assert error < 0.05, error
     assert error > 0, "activations are rounded to float8"

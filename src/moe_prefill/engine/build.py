@@ -28,6 +28,9 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     """An engine ready to score. Raises UsageError, ModelError or PlanError, each with the numbers, before any work is
     lost. ``layers_done`` int64 [1] counts the layers that have been computed.
     """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # Weights of all sizes come first and activations after them: without this, gaps of gigabytes stay unused.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = rank_device(config.device, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device

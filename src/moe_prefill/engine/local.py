@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .. import ops
 from ..config import Sharing
-from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats
+from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats, Schedule
 from ..experts import BankSource, TransferStats
 from ..forming import Forming, sharing_rule
 from ..machine import datasheet_peak
@@ -78,8 +79,8 @@ class LocalEngine:
         self._sharing = sharing
         self._prune_last = prune_last
         self._quantization = quantization
-        self.rounds = rounds
-        self._on_layer = on_layer
+        self.schedule: Schedule = "rounds" if rounds else "free"
+        self.on_layer = on_layer
         self._trace = trace
         self.residency = residency
         self.transfers: deque[TransferStats] = deque(maxlen=_SWEEPS_KEPT)
@@ -125,6 +126,7 @@ class LocalEngine:
             "device": "cpu" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device),
             "dtype": self._dtype_name(),
             "quantization": self._quantization,
+            "attention": self._attention_kernel(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads() if self._device.type == "cpu" else 0,
             "sharing": self._sharing,
@@ -185,14 +187,18 @@ class LocalEngine:
 
     def _launch(self, requests: Sequence[AtomicRequest]) -> _Launched | _Empty:
         if not requests:
-            run_without_tokens(self.spec.num_layers, self._banks, self._on_layer)
+            self._run_empty()
             return _Empty()
         plan = self.plan(requests)
         started = time.perf_counter()
         return _Launched(requests, plan, self._run(plan), started)
 
     def _run(self, plan: SweepPlan) -> SweepOutput:
-        return run_sweep(plan, self._decoder, self._weights, self._banks, self._on_layer)
+        return run_sweep(plan, self._decoder, self._weights, self._banks, self.on_layer)
+
+    def _run_empty(self) -> None:
+        """A rank's part of a round in which it has no requests."""
+        run_without_tokens(self.spec.num_layers, self._banks, self.on_layer)
 
     def _collect(self, sweep: _Launched | _Empty) -> list[AtomicResult]:
         if isinstance(sweep, _Empty):
@@ -225,6 +231,12 @@ class LocalEngine:
                 self._trace.add(sweep_stats)
 
     _last_end = 0.0
+
+    def _attention_kernel(self) -> str:
+        dtype = self._weights.embed.dtype
+        if self._device.type == "cpu" or dtype == torch.float32:
+            return "plain"
+        return ops.flash_kernel(self._device, dtype, self.spec.head_dim).name
 
     def _dtype_name(self) -> str:
         return str(self._weights.embed.dtype).removeprefix("torch.")

@@ -2,6 +2,8 @@
 
 from .attention import Spans, attention
 from .experts import combine, experts
+from .flash import chosen as flash_kernel
+from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
 from .merge import merge_
@@ -19,6 +21,8 @@ __all__ = [
     "combine",
     "dequantize",
     "experts",
+    "explain_flash",
+    "flash_kernel",
     "grouped_mm",
     "has_float8",
     "head_norm_rope",

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .flash import flash, is_legal
+
 _BLOCK_LEAST_ROWS, _BLOCK_MOST_KEYS = 64, 1024  # see _suits_row_blocks
 _BLOCK_SCORES = 1 << 18  # float32 scores of a block and key/value head: a megabyte of cache
 _MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the plain version: bounds its workspace
@@ -103,32 +105,9 @@ def attention(
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
-    if q_QHd.is_cuda and q_QHd.dtype in (torch.bfloat16, torch.float16) and q_QHd.shape[-1] % 8 == 0:
-        return _flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+    if is_legal(q_QHd):
+        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
     return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
-
-
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own FlashAttention 2: one launch, no synchronisation."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        spans.cu_q_device,
-        spans.cu_k_device,
-        spans.max_q,
-        spans.max_k,
-        0.0,
-        causal,
-        False,
-        scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=0 if window is not None else None,
-    )
-    # It returns [H, Q], and +inf for a query without keys.
-    return out, torch.where(torch.isinf(lse), -torch.inf, lse).t()
 
 
 def _by_shape(

@@ -40,13 +40,15 @@ def experts(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     num_rows: int | None = None,
+    x_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
 
     Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each
     came from. Where only some of the T K ids are in this bank, ``num_rows`` says how many; the others are E or more,
     cost nothing and add nothing. Float8 matrices come with ``scales`` float32 ([E, 2I], [E, D]); activations are then
-    quantised too, before they are gathered and again after the gated activation.
+    quantised too, before they are gathered and again after the gated activation; ``x_TD`` may come quantised, with
+    ``x_scale_T``.
     """
     num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
     sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
@@ -61,11 +63,11 @@ def experts(
         rows_RD = x_TD.index_select(0, token_of_row)
         out_RD = grouped_mm(swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends)), down_EDI, ends)
     else:
-        values_TD, scale_T = quantize_rows(x_TD)
+        values_TD, scale_T = quantize_rows(x_TD) if x_scale_T is None else (x_TD, x_scale_T)
         rows_RD, scale_R = _gather_bytes(values_TD, token_of_row), scale_T.index_select(0, token_of_row)
-        both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], ends, x_TD.dtype)
+        both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], ends, residual_TD.dtype)
         hidden_RI, scale_R = swiglu_quantize(both_R2I)
-        out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], ends, x_TD.dtype)
+        out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], ends, residual_TD.dtype)
     row_of_slot = torch.zeros_like(sorted_ids, dtype=torch.int64)  # an id elsewhere reads row 0 with weight 0
     row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=x_TD.device)
     return combine(out_RD, row_of_slot.view(-1, top_k), weights_TK, residual_TD)
