@@ -62,7 +62,7 @@ ALLOWED = {
     },
     "dist": {"errors"},
     # Workers are started by the torch-free half; what such a process runs imports the torch half inside functions.
-    "workers": {"errors", "core", "config", "forming", "messages", "dist", "experts", "engine"},
+    "workers": {"errors", "core", "config", "forming", "messages", "dist", "experts", "engine", "strategies"},
     "calibrate": {
         "errors",
         "core",

@@ -17,6 +17,10 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
+# How sweeps reach the ranks of a group: each to a rank that is free; one to every rank in each numbered round, empty
+# where sweeps are short; or each to all ranks, which compute it together.
+Schedule = Literal["free", "rounds", "together"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:

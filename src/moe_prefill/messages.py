@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .config import EngineConfig
-from .core import AtomicRequest, AtomicResult, Float32Array, Int32Array, RunStats
+from .core import AtomicRequest, AtomicResult, EngineLimits, Float32Array, Int32Array, RunStats, Schedule
 from .errors import WorkerError
 from .forming import Forming
 
@@ -168,10 +168,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """What is the same for every rank of a group. ``rounds``: all must be given the same number of sweeps."""
+    """What is the same for every rank of a group."""
 
+    limits: EngineLimits
     forming: Forming
-    rounds: bool
+    schedule: Schedule
     plan_digest: str
     peak_flops: float | None
 

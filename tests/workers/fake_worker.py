@@ -1,7 +1,7 @@
 """A worker process whose engine has no weights and no torch: answers are a function of the tokens, layers are pauses.
 
 The settings of a run are in the config's ``model``, a JSON object: ``build_s``, ``layer_s``, ``fail`` (raise that error
-while building), ``rounds``, ``poison`` (the process dies of a request with this token).
+while building), ``schedule``, ``poison`` (the process dies of a request with this token).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FakeEngine:
         if "fail" in self.facts:
             raise getattr(errors, self.facts["fail"])(f"rank {rank} of {start.size} refuses")
         time.sleep(self.facts.get("build_s", 0.0))
-        self.rounds = self.facts.get("rounds", False)
+        self.schedule = self.facts.get("schedule", "free")
         self.page = ProgressPage(page_fd, start.size)
         self.rank = rank
         self.stats = RunStats()

@@ -195,10 +195,12 @@ def test_workers_that_take_too_long_to_start_are_given_up():
         engine_of(2, Patience(start_s=1, restarts=0), build_s=60)
 
 
-def test_rounds():
-    engine = engine_of(3, rounds=True)
+@pytest.mark.parametrize("schedule", ["rounds", "together"])
+def test_schedules_in_which_ranks_need_one_another(schedule):
+    engine = engine_of(3, schedule=schedule)
     for count in (0, 1, 7, 60):
         check(requests_of(7, count), engine.score(requests_of(7, count)))
+    assert engine.stats.requests == 68
     engine.close()
 
 

@@ -109,12 +109,13 @@ def test_results_come_back(results, pieces):
         Start(config=EngineConfig(model="m", sharing="force", max_sweep_tokens=9), size=4, store_port=1234),
         Ready(
             plan=EnginePlan(
+                limits=EngineLimits(max_request_tokens=1, max_sweep_tokens=4, vocab_size=3, chunk_rows=2),
                 forming=Forming(
                     limits=EngineLimits(max_request_tokens=1, max_sweep_tokens=2, vocab_size=3),
                     rule=SharingRule(min_saved=0.5),
                     private_beyond=64,
                 ),
-                rounds=True,
+                schedule="rounds",
                 plan_digest="d",
                 peak_flops=None,
             ),

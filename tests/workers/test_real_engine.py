@@ -119,7 +119,7 @@ def test_ranks_that_stage_shards_for_one_another_survive_a_loss(tmp_path):
     requests = requests_of(2, 97, 280, 200)
     expected = build_engine(config_of(tmp_path, max_sweep_tokens=300)).score(requests)
     engine = GroupEngine(config_of(tmp_path, max_sweep_tokens=300, residency="hybrid", gpus=2))
-    assert engine.plan.rounds
+    assert engine.plan.schedule == "rounds"
 
     def kill_one() -> None:
         assert wait_for(lambda: engine.stats.sweeps > 4)

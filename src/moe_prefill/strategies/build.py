@@ -11,10 +11,11 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..config import EngineConfig
-from ..core import ModelSpec
+from ..core import Int64Array, ModelSpec
 from ..engine.build import pick_dtype
 from ..engine.load import open_model
 from ..engine.memory import free_bytes
+from ..engine.progress import LayerCounter
 from ..errors import PlanError, UsageError
 from ..memory import DeviceKind, MemoryPlan, memory_plan
 from ..models.decoder import Decoder
@@ -30,9 +31,11 @@ from .share import Share, share_of
 from .tensor_parallel import TensorParallelDecoder
 
 
-def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEngine:
+def build_strategy_engine(
+    config: EngineConfig, ranks: RankGroup, layers_done: Int64Array | None = None
+) -> StrategyEngine:
     """This rank's engine of ``config.strategy``; every rank calls this. Raises UsageError, ModelError or PlanError,
-    each with the numbers, on every rank alike.
+    each with the numbers, on every rank alike. ``layers_done`` int64 [1] counts the layers that have been computed.
     """
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # kernels are launched on the current device
@@ -43,7 +46,9 @@ def build_strategy_engine(config: EngineConfig, ranks: RankGroup) -> StrategyEng
     share = requested_share(config, spec, ranks.rank, ranks.size)
     memory = agreed_plan(config, share, ranks, dtype)
     weights, banks = load_rank(config, share, checkpoint, ranks.device, dtype)
-    return strategy_engine(config, share, ranks, weights, banks, memory)
+    engine = strategy_engine(config, share, ranks, weights, banks, memory)
+    engine.on_layer = None if layers_done is None else LayerCounter(layers_done, ranks.device)
+    return engine
 
 
 def load_rank(

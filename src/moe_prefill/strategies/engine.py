@@ -53,14 +53,19 @@ class StrategyEngine(LocalEngine):
             quantization=config.quantization,
         )
         self.share = share
+        self.schedule = "rounds" if share.name.startswith("dp") else "together"
         self.traffic = collectives.traffic
         self._decoder = decoder
         self._collectives = collectives
 
     @property
     def plan_digest(self) -> str:
-        facts = f"{super().plan_digest} {self.share.name} {self.share.rank}/{self.share.size}"
+        facts = f"{super().plan_digest} {self.share.name} {self.share.size}"
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def layer_done(self) -> None:
+        if self.on_layer is not None:
+            self.on_layer()
 
 
 class TensorParallelEngine(StrategyEngine):
@@ -72,6 +77,7 @@ class TensorParallelEngine(StrategyEngine):
         for index, layer in enumerate(self._weights.layers):
             self.traffic.layer = index
             x = run_layer(plan, self._decoder, layer, self._banks.acquire(index), index, x, rope)
+            self.layer_done()
         return read_head(plan, self._decoder, self._weights, x)
 
 
@@ -92,6 +98,9 @@ class DataParallelEngine(StrategyEngine):
         assert x is not None
         return read_head(plan, self._decoder, self._weights, x)
 
+    def _run_empty(self) -> None:
+        self._through_layers(self._next_sweep(0, 0), None)
+
     def _next_sweep(self, tokens: int, last_rows: int) -> Lockstep:
         return Lockstep(self._collectives.gather_host([tokens, last_rows]), self.memory.chunk_rows)
 
@@ -110,4 +119,5 @@ class DataParallelEngine(StrategyEngine):
             if bank is not None:
                 for _ in range(int((steps[:, self.share.rank] == 0).sum())):
                     self._decoder.join(bank)
+            self.layer_done()
         return x

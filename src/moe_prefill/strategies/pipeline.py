@@ -113,11 +113,17 @@ class PipelineEngine(StrategyEngine):
             if link is not None:
                 dist.destroy_process_group(link.group)
 
-    def _announced(self, sweeps: Iterable[Sequence[AtomicRequest] | None]) -> Iterator[Sequence[AtomicRequest]]:
-        """Each micro-batch, once the one behind it is planned and its residual is being received."""
+    def _announced(self, sweeps: Iterable[Sequence[AtomicRequest] | None]) -> Iterator[Sequence[AtomicRequest] | None]:
+        """Each micro-batch, once the one behind it is planned and its residual is being received, or none is there."""
         waiting: Sequence[AtomicRequest] | None = None
         for requests in sweeps:
-            assert requests, "a pipeline has no sweeps to wait for, and none without requests"
+            if requests is None:
+                if waiting is not None:
+                    yield waiting
+                waiting = None
+                yield None
+                continue
+            assert requests, "a pipeline has no sweeps without requests"
             plan = super().plan(requests)
             self._ahead.append((plan, self._receive(plan)))
             if waiting is not None:
@@ -138,6 +144,7 @@ class PipelineEngine(StrategyEngine):
         for index, layer in zip(self.share.layers, self._weights.layers, strict=True):
             self.traffic.layer = index
             x = run_layer(plan, self._decoder, layer, self._banks.acquire(index), index, x, rope)
+            self.layer_done()
         if self._after is None:
             return read_head(plan, self._decoder, self._weights, x)
         self._sent.append(self._after.send(x))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from ..core import Schedule
 from ..messages import PackedRequests, PackedResults
 
 DEPTH = 2  # sweeps given to a rank at a time: one is computed, the next one planned and enqueued behind it
@@ -33,21 +34,24 @@ class Given:
 
 
 class Board:
-    """Sweeps that wait, in order, and those that each rank was given.
+    """Sweeps that wait, in order, and those that each rank was given. Which rank computes a sweep never changes its
+    results.
 
-    Without rounds a sweep goes to the rank with the fewest. With ``rounds`` every rank gets exactly one entry of each
-    numbered round, empty where sweeps are short. Which rank computes a sweep never changes its results.
+    The schedule ``free`` gives a sweep to the rank with the fewest. With ``rounds`` every rank gets exactly one entry
+    of each numbered round. With ``together`` every rank gets every sweep, in the same order; what the last rank answers
+    counts (it is the last stage of a pipeline; under other strategies all answer alike).
     """
 
-    def __init__(self, num_ranks: int, *, rounds: bool) -> None:
-        self._rounds = rounds
+    def __init__(self, num_ranks: int, schedule: Schedule) -> None:
+        self._schedule: Schedule = schedule
         self._waiting: deque[Sweep] = deque()
+        self._ahead: list[deque[Given]] = [deque() for _ in range(num_ranks)]  # decided, and not yet given
         self._given: list[deque[Given]] = [deque() for _ in range(num_ranks)]
         self._next_number = 0
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not any(self._given)
+        return not self._waiting and not any(self._given) and not any(self._ahead)
 
     def busy(self) -> list[bool]:
         """Which ranks have something to do."""
@@ -58,29 +62,29 @@ class Board:
 
     def give(self) -> Iterator[Given]:
         """Hand out what the ranks have room for."""
-        while self._waiting:
-            ranks = self._ranks_with_room()
-            if not ranks:
-                return
-            for rank in ranks:
-                given = Given(rank, self._next_number, self._waiting.popleft() if self._waiting else None)
-                self._given[rank].append(given)
-                self._next_number += not self._rounds
-                yield given
-            self._next_number += self._rounds
+        while (rank := self._rank_with_room()) is not None:
+            if not self._ahead[rank]:
+                if not self._waiting:
+                    return
+                self._decide(rank)
+            given = self._ahead[rank].popleft()
+            self._given[rank].append(given)
+            yield given
 
     def done(self, rank: int, number: int) -> Sweep | None:
-        """The sweep that a rank has finished; ranks work in the order in which they were given."""
+        """The sweep that a rank has answered; ranks work in the order in which they were given."""
         given = self._given[rank].popleft()
         assert given.number == number, (rank, given.number, number)
-        return given.sweep
+        return given.sweep if self._counts(rank) else None
 
     def take_back(self) -> int:
         """Let everything unfinished wait again, ahead of the rest and in the old order; returns how many sweeps."""
-        unfinished = sorted((given for queue in self._given for given in queue), key=lambda g: (g.number, g.rank))
+        ranks = filter(self._counts, range(len(self._given)))
+        unfinished = [given for rank in ranks for given in (*self._given[rank], *self._ahead[rank])]
+        unfinished.sort(key=lambda given: (given.number, given.rank))
         sweeps = [given.sweep for given in unfinished if given.sweep is not None]
         self._waiting.extendleft(reversed(sweeps))
-        for queue in self._given:
+        for queue in (*self._given, *self._ahead):
             queue.clear()
         return len(sweeps)
 
@@ -91,9 +95,23 @@ class Board:
         self._waiting.clear()
         return sweeps
 
-    def _ranks_with_room(self) -> list[int]:
-        if self._rounds:
-            full = any(len(queue) >= DEPTH for queue in self._given)
-            return [] if full else list(range(len(self._given)))
-        least = min(range(len(self._given)), key=lambda rank: len(self._given[rank]))
-        return [least] if len(self._given[least]) < DEPTH else []
+    def _decide(self, rank: int) -> None:
+        """Who computes the sweeps that have waited longest; ``rank`` is one of them."""
+        entries: dict[int, Sweep | None]
+        if self._schedule == "free":
+            entries = {rank: self._waiting.popleft()}
+        elif self._schedule == "together":
+            entries = dict.fromkeys(range(len(self._given)), self._waiting.popleft())
+        else:
+            entries = {each: self._waiting.popleft() if self._waiting else None for each in range(len(self._given))}
+        for each, sweep in entries.items():
+            self._ahead[each].append(Given(each, self._next_number, sweep))
+        self._next_number += 1
+
+    def _rank_with_room(self) -> int | None:
+        """The rank that has been given the fewest; first those for which something is decided."""
+        ranks = [rank for rank, given in enumerate(self._given) if len(given) < DEPTH]
+        return min(ranks, key=lambda rank: (not self._ahead[rank], len(self._given[rank])), default=None)
+
+    def _counts(self, rank: int) -> bool:
+        return self._schedule != "together" or rank == len(self._given) - 1

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from ..config import EngineConfig
 from ..core import AtomicRequest, AtomicResult, EngineLimits, RunStats, ScoringEngine
-from ..errors import MoePrefillError, WorkerError
+from ..errors import MoePrefillError, UsageError, WorkerError
 from ..messages import EnginePlan, Message, PackedRequests, PackedResults, Ready, Score, Scored
 from .board import Board, Sweep
 from .group import Closed, WorkerGroup, WorkerLost
@@ -27,6 +27,8 @@ def build_scoring(config: EngineConfig) -> ScoringEngine:
     """The engine that the settings ask for: in this process, or with ``gpus`` in as many worker processes."""
     if config.gpus is not None:
         return GroupEngine(config)
+    if config.strategy != "asyncep":
+        raise UsageError(f"--strategy {config.strategy} splits the model over several GPUs; give --gpus N")
     from ..engine import build_engine
 
     return build_engine(config)
@@ -49,7 +51,7 @@ class GroupEngine:
         self._config = replace(config, threads=threads)
         self._patience = patience
         self._lock = threading.Lock()  # of the board, the counters and the error
-        self._board = Board(self.size, rounds=False)
+        self._board = Board(self.size, "free")
         self._error: Exception | None = None
         self._closing = False
         self._stats = RunStats()
@@ -76,7 +78,7 @@ class GroupEngine:
 
     @property
     def limits(self) -> EngineLimits:
-        return self.plan.forming.limits
+        return self.plan.limits
 
     @property
     def stats(self) -> RunStats:
@@ -182,9 +184,11 @@ class GroupEngine:
                 "the GPUs of a group must be of one kind; choose them with CUDA_VISIBLE_DEVICES"
             )
         if self._plan is None:
-            limits = plan.forming.limits  # free memory may be another one after a restart
-            self._config = replace(self._config, max_sweep_tokens=limits.max_sweep_tokens, chunk_rows=limits.chunk_rows)
-            self._board = Board(self.size, rounds=plan.rounds)
+            # Free memory may be another one after a restart.
+            self._config = replace(self._config, max_sweep_tokens=plan.limits.max_sweep_tokens)
+            if self._config.strategy == "asyncep":
+                self._config = replace(self._config, chunk_rows=plan.limits.chunk_rows)
+            self._board = Board(self.size, plan.schedule)
             self._plan = plan
             self._first.put(plan)
         elif plan != self._plan:
@@ -218,8 +222,9 @@ class GroupEngine:
         with self._lock:
             self._count_busy_time()
             sweep = self._board.done(rank, message.number)
-            exposed_s = message.stats.exposed_s / self.size
-            self._stats += replace(message.stats, busy_s=0.0, exposed_s=exposed_s)
+            if sweep is not None:
+                exposed_s = message.stats.exposed_s / self.size
+                self._stats += replace(message.stats, busy_s=0.0, exposed_s=exposed_s)
         if sweep is not None:
             sweep.inbox.put((sweep.members, message.results))
 

@@ -75,13 +75,19 @@ class Controller:
 
 def build_rank(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEngine:
     """This rank's engine, which counts its layers in the shared page."""
-    from ..dist import open_store
+    from ..dist import open_process_group, open_store
     from ..engine import build_engine
+    from ..engine.build import rank_device
     from ..experts import Ranks
+    from ..strategies import RankGroup, build_strategy_engine
 
     store = open_store(start.store_port, start.size, listen_fd=store_fd if rank == 0 else None)
-    page = ProgressPage(page_fd, start.size)
-    return build_engine(start.config, ranks=Ranks(rank, start.size, store), layers_done=page.counts[rank : rank + 1])
+    ranks, layers_done = Ranks(rank, start.size, store), ProgressPage(page_fd, start.size).counts[rank : rank + 1]
+    if start.config.strategy == "asyncep":
+        return build_engine(start.config, ranks, layers_done)
+    device = rank_device(start.config.device, ranks)
+    open_process_group(store, rank, start.size, device)
+    return build_strategy_engine(start.config, RankGroup.of_world(device), layers_done)
 
 
 def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> int:
@@ -98,8 +104,9 @@ def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> i
     try:
         engine = build(start, rank, page_fd, store_fd)
         plan = EnginePlan(
+            limits=engine.limits,
             forming=engine.forming,
-            rounds=engine.rounds,
+            schedule=engine.schedule,
             plan_digest=engine.plan_digest,
             peak_flops=engine.peak_flops,
         )
