@@ -36,7 +36,7 @@ class CudaLane:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.slice_bytes = slice_bytes
-        self._posted = torch.zeros(1, dtype=torch.int32, device=device)
+        self._posted = torch.empty(1, dtype=torch.int32, device=device)
 
     def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self.stream):
@@ -78,7 +78,7 @@ class CudaLane:
 
 def write_past_streams(flags: torch.Tensor, value: int) -> None:
     """Set int32 flags on a stream of its own, of high priority so that it shares no queue with one that waits."""
-    stream = torch.cuda.Stream(flags.device, priority=-1)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(flags.device):
+    with driver.on(flags.device):
+        stream = torch.cuda.Stream(flags.device, priority=-1)  # type: ignore[no-untyped-call]
         for index in range(flags.numel()):
             driver.write_value(flags[index].data_ptr(), value, stream.cuda_stream)

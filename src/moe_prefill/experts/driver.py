@@ -1,12 +1,15 @@
 """The few calls of the CUDA driver that torch does not offer: registering host memory, plain copies between any two
 pointers, memory that other processes can open. Each raises PlanError or RuntimeError with the driver's own word.
 
-All act on the context of the current device, which torch has made.
+All act on the context that is current in the calling thread: see ``on``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,21 @@ def _call(name: str, *arguments: object) -> Any:
     if int(status) != 0:
         raise RuntimeError(f"{name} failed: {status.name}")
     return results[0] if results else None
+
+
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Make torch's context of a device current, in a thread that has not used torch there yet too."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        _call("cuCtxSetCurrent", _context(device.index))
+        yield
+
+
+@functools.cache
+def _context(index: int) -> Any:
+    """The one context of a device that torch uses; kept until the process ends."""
+    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
 
 
 def register_host(pointer: int, num_bytes: int) -> None:
@@ -73,8 +91,9 @@ def free(pointer: int) -> None:
 
 
 def zero(pointer: int, num_bytes: int) -> None:
+    """Set bytes to zero; they are when this returns."""
     _call("cuMemsetD8", pointer, 0, num_bytes)
-    torch.cuda.current_stream().synchronize()
+    _call("cuCtxSynchronize")
 
 
 _HANDLE_BYTES = 64

@@ -30,6 +30,7 @@ class HostPool:
 
     def __init__(self, sizes: Mapping[int, int], device: torch.device) -> None:
         total = sum(_paged(size) for size in sizes.values())
+        self._device = device
         self._pinned: list[int] = []
         self._banks: dict[int, torch.Tensor] = {}
         if not total:
@@ -47,20 +48,22 @@ class HostPool:
             self._banks[layer] = memory[offset : offset + size]
             offset += _paged(size)
         if device.type == "cuda":
-            self._pin(device)
+            self._pin()
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         return self._banks[layer]
 
     def close(self) -> None:
         """Unpin and let go; no copy from here is under way any more."""
-        for pointer in self._pinned:
-            driver.unregister_host(pointer)
+        if self._pinned:
+            with driver.on(self._device):
+                for pointer in self._pinned:
+                    driver.unregister_host(pointer)
         self._pinned.clear()
         self._banks.clear()
 
-    def _pin(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
+    def _pin(self) -> None:
+        with driver.on(self._device):
             for bank in self._banks.values():
                 if bank.numel():
                     driver.register_host(bank.data_ptr(), _paged(bank.numel()))

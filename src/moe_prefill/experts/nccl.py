@@ -7,6 +7,7 @@ a CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -69,6 +70,7 @@ def _open_group(ranks: Ranks, device: torch.device) -> Any:
     assert ranks.store is not None
     store = PrefixStore("banks", ranks.store)
     if device.type == "cuda":
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no multicast over NVLink
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=ranks.timeout_s)
         return dist.ProcessGroupNCCL(store, ranks.rank, ranks.size, options)

@@ -103,32 +103,32 @@ class _CudaMemory:
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         self._num_bytes = num_bytes
-        with torch.cuda.device(self._device):
+        with driver.on(self._device):
             self._pointer = driver.allocate(max(num_bytes, 1))
             driver.zero(self._pointer, max(num_bytes, 1))
         return driver.tensor_at(self._pointer, max(num_bytes, 1), self._device)[:num_bytes]
 
     def handle(self) -> bytes:
-        with torch.cuda.device(self._device):
+        with driver.on(self._device):
             exported = driver.export(self._pointer)
         return json.dumps([_uuid(self._device), exported.hex(), self._num_bytes]).encode()
 
     def open(self, handle: bytes, rank: int) -> driver.DeviceBytes:
         uuid, exported, num_bytes = json.loads(handle)
         self._check_access(uuid, rank)
-        with torch.cuda.device(self._device):
+        with driver.on(self._device):
             pointer = driver.open_exported(bytes.fromhex(exported))
         self._opened.append(pointer)
         return driver.DeviceBytes(pointer, num_bytes)
 
     def close_others(self) -> None:
-        with torch.cuda.device(self._device):
+        with driver.on(self._device):
             for pointer in self._opened:
                 driver.close_exported(pointer)
         self._opened.clear()
 
     def free(self) -> None:
-        with torch.cuda.device(self._device):
+        with driver.on(self._device):
             driver.free(self._pointer)
 
     def _check_access(self, uuid: str, rank: int) -> None:

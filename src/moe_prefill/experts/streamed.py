@@ -73,9 +73,7 @@ class StreamedBanks(BankSource[Bank]):
         slot = self._next_slot()
         assert slot.fetch is not None
         assert slot.fetch.layer == layer, (slot.fetch, layer)
-        asked, got = self._lane.compute_wait(slot.fetch.ready)
-        if self._aborted is not None:
-            raise WorkerError(self._aborted)
+        asked, got = self._wait(slot.fetch.ready)
         self._recorder.acquired(layer, asked, got, slot.fetch)
         return slot.bank
 
@@ -95,7 +93,7 @@ class StreamedBanks(BankSource[Bank]):
         return self._recorder.take()
 
     def abort(self, reason: str) -> None:
-        self._aborted = reason
+        self._aborted = self._aborted or reason
         for transport in self._distinct_transports():
             transport.abort(reason)
 
@@ -106,6 +104,19 @@ class StreamedBanks(BankSource[Bank]):
         self._slots.clear()
         self._transports.clear()
         self._resident = ()
+
+    def _wait(self, ready: Mark) -> tuple[Mark, Mark]:
+        """Wait for a bank. A source that lost a peer is of no more use: it lets go of all waits, so that it can be
+        closed.
+        """
+        try:
+            marks = self._lane.compute_wait(ready)
+        except WorkerError as error:
+            self.abort(str(error))
+            raise
+        if self._aborted is not None:
+            raise WorkerError(self._aborted)
+        return marks
 
     def _distinct_transports(self) -> list[Transport]:
         return list(dict.fromkeys(self._transports.values()))
