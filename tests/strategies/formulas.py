@@ -1,7 +1,7 @@
 """Bytes that a device sends in one layer, as docs/communication.md derives them: from shapes and routing alone.
 
-N ranks, D hidden, K top-k, b bytes an element. ``sweeps``: (tokens, rows of the last layer) of each, by
-rank.
+N ranks, D hidden, K top-k, b bytes an element; ``float8``: rows to the experts travel quantised. ``sweeps``: (tokens,
+rows of the last layer) of each, by rank.
 """
 
 from fractions import Fraction
@@ -41,12 +41,17 @@ def steps(spec: ModelSpec, layer: int, sweeps: list[Sweeps], chunk_rows: int) ->
     return longest
 
 
-def token_gather(spec: ModelSpec, layer: int, sweeps: list[Sweeps], chunk_rows: int, element: int) -> int:
-    """Rows with K weights and ids to everybody, and partial sums back; every rank as many as the longest."""
+def row_to_experts(spec: ModelSpec, element: int, float8: bool) -> int:
+    """A row with the weights and ids of K experts, and the scale of a float8 one."""
+    return spec.hidden_size * (1 if float8 else element) + 8 * spec.top_k + (4 if float8 else 0)
+
+
+def token_gather(spec: ModelSpec, layer: int, sweeps: list[Sweeps], chunk_rows: int, element: int, float8: bool) -> int:
+    """Rows to everybody, and partial sums back; every rank as many as the longest."""
     if not spec.layers[layer].sparse:
         return 0
-    rows, row = sum(steps(spec, layer, sweeps, chunk_rows)), spec.hidden_size * element
-    return (len(sweeps) - 1) * rows * (row + 8 * spec.top_k + row)
+    rows = sum(steps(spec, layer, sweeps, chunk_rows))
+    return (len(sweeps) - 1) * rows * (row_to_experts(spec, element, float8) + spec.hidden_size * element)
 
 
 def expert_dispatch(
@@ -57,13 +62,14 @@ def expert_dispatch(
     sweeps: list[Sweeps],
     chunk_rows: int,
     element: int,
+    float8: bool,
 ) -> int:
     """``ids``: what each rank's tokens chose. A row once to every other rank that it needs, a sum back from there, and
     two int64 a step to everybody.
     """
     if not spec.layers[layer].sparse:
         return 0
-    size, row = len(ids), spec.hidden_size * element
+    size = len(ids)
     owner = np.concatenate(
         [np.full((r + 1) * spec.num_experts // size - r * spec.num_experts // size, r) for r in range(size)]
     )
@@ -72,8 +78,8 @@ def expert_dispatch(
         return sum(int((owner[chosen] == away).any(axis=1).sum()) for chosen in ids[home])
 
     others = [other for other in range(size) if other != rank]
-    sent = sum(rows_between(rank, other) for other in others) * (row + 8 * spec.top_k)
-    returned = sum(rows_between(other, rank) for other in others) * row
+    sent = sum(rows_between(rank, other) for other in others) * row_to_experts(spec, element, float8)
+    returned = sum(rows_between(other, rank) for other in others) * spec.hidden_size * element
     return sent + returned + 16 * len(others) * len(steps(spec, layer, sweeps, chunk_rows))
 
 

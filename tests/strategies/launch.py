@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,26 +27,26 @@ def in_memory(converted: Converted) -> Model:
     return converted.spec, slots
 
 
+def _start(folder: Path, rank: int, log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-c", START, str(folder), str(rank)]
+    with log.open("w") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
 def run(folder: Path, cases: list[Case], models: dict[str, Model]) -> list[list[Outcome]]:
     """The outcomes of every case, rank by rank."""
     torch.save({"cases": cases, "models": models}, folder / "job.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = range(max(case.size for case in cases))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", START, str(folder), str(rank)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ranks
-    ]
+    logs = [folder / f"rank{rank}.log" for rank in ranks]
+    workers = [_start(folder, rank, logs[rank], environment) for rank in ranks]
     try:
-        for worker in workers:
-            output, _ = worker.communicate(timeout=300)
-            assert worker.returncode == 0, output
+        while any(worker.poll() is None for worker in workers):
+            # One that fails leaves the others waiting for it.
+            failed = [log.read_text() for log, worker in zip(logs, workers, strict=True) if worker.returncode]
+            assert not failed, "\n".join(failed)
+            time.sleep(0.1)
+        assert not any(worker.returncode for worker in workers), [log.read_text() for log in logs]
     finally:
         for worker in workers:
             worker.kill()

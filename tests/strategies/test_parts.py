@@ -157,10 +157,12 @@ def test_the_example_of_destinations():
 
 
 def test_choices_survive_packing():
-    weights, ids = torch.rand(5, 3), torch.randint(0, 300, (5, 3))
-    back, ids_back = unpack_choices(pack_choices(weights, ids))
-    assert torch.equal(back, weights)
-    assert torch.equal(ids_back, ids)
+    weights, ids, scale = torch.rand(5, 3), torch.randint(0, 300, (5, 3)), torch.rand(5)
+    for with_scale in (None, scale):
+        back, ids_back, scale_back = unpack_choices(pack_choices(weights, ids, with_scale), 3)
+        assert torch.equal(back, weights)
+        assert torch.equal(ids_back, ids)
+        assert scale_back is None if with_scale is None else torch.equal(scale_back, scale)
 
 
 def test_received_rows_are_grouped_within_memory():

@@ -120,14 +120,15 @@ def test_the_cases_cover_what_is_hard(ran):
 
 def predicted(case: Case, spec, outcomes: list, rank: int, layer: int) -> Fraction | int:
     sweeps, mine = [outcome.sweeps for outcome in outcomes], outcomes[rank].sweeps
+    float8 = case.quantization is not None
     if case.strategy == "pp+pp":
         stage = [layer for layer in range(spec.num_layers) if layer in shard_of(spec.num_layers, rank, case.size)]
         return formulas.pipeline(spec, layer, case.size, mine, 4) if layer in stage else 0
     if case.strategy == "dp+tp":
-        return formulas.token_gather(spec, layer, sweeps, case.chunk_rows, 4)
+        return formulas.token_gather(spec, layer, sweeps, case.chunk_rows, 4, float8)
     if case.strategy == "dp+ep":
         ids = [outcome.ids.get(layer, []) for outcome in outcomes]
-        return formulas.expert_dispatch(spec, layer, rank, ids, sweeps, case.chunk_rows, 4)
+        return formulas.expert_dispatch(spec, layer, rank, ids, sweeps, case.chunk_rows, 4, float8)
     return formulas.tensor_parallel(spec, layer, case.size, mine, 4)
 
 

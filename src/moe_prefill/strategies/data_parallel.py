@@ -50,6 +50,32 @@ class DataParallelDecoder(Decoder):
         """``steps``: rows of every rank in every step, [steps, N]."""
         self._steps = iter(steps)
 
+    def outgoing(self, normed_TD: torch.Tensor, bank: ExpertBank) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows as they travel: as they are, or, where the experts are float8, quantised here rather than there: the
+        bytes uint8 [T, D], and the scales.
+        """
+        if bank.scales is None:
+            return normed_TD, None
+        values, scale = ops.quantize_rows(normed_TD)
+        return values.view(torch.uint8), scale
+
+    def weighted_sums(
+        self, rows_MD: torch.Tensor, choices: torch.Tensor, bank: ExpertBank, num_rows: int | None
+    ) -> torch.Tensor:
+        """What this rank's experts add to rows that arrived, ``num_rows`` of whose experts are here (None: all)."""
+        weights_MK, ids_MK, scale_M = unpack_choices(choices, self.spec.top_k)
+        return ops.experts(
+            rows_MD if scale_M is None else rows_MD.view(ops.FLOAT8),
+            weights_MK,
+            ids_MK,
+            bank.gate_up,
+            bank.down,
+            torch.zeros(rows_MD.shape, dtype=self._dtype, device=rows_MD.device),
+            bank.scales,
+            num_rows=num_rows,
+            x_scale_T=scale_M,
+        )
+
     @abstractmethod
     def step(
         self,
@@ -90,10 +116,11 @@ class ExpertDispatch(DataParallelDecoder):
         rank_S, token_S = send_order(to, sum(send))
         own_SK = to.owner[token_S] == rank_S[:, None]
         ids_SK = torch.where(own_SK, ids_TK[token_S] - self._starts[rank_S, None], self.spec.num_experts)
-        packed = pack_choices(weights_TK[token_S], ids_SK)
-        rows_MD = self._collectives.all_to_all(normed_TD[token_S], send, receive, "dispatch")
+        rows_TD, scale_T = self.outgoing(normed_TD, bank)
+        packed = pack_choices(weights_TK[token_S], ids_SK, None if scale_T is None else scale_T[token_S])
+        rows_MD = self._collectives.all_to_all(rows_TD[token_S], send, receive, "dispatch")
         choices = self._collectives.all_to_all(packed, send, receive, "dispatch")
-        sums_MD = self._weighted_sums(rows_MD, choices, bank, receive, pairs)
+        sums_MD = self._sums_by_source(rows_MD, choices, bank, receive, pairs)
         sums_SD = self._collectives.all_to_all(sums_MD, receive, send, "combine")
         if not len(base_TD):
             return base_TD
@@ -106,29 +133,19 @@ class ExpertDispatch(DataParallelDecoder):
         send, receive, pairs = torch.stack([counts_N2[:, 0], theirs[:, 0], theirs[:, 1]]).tolist()
         return send, receive, pairs
 
-    def _weighted_sums(
+    def _sums_by_source(
         self, rows_MD: torch.Tensor, choices: torch.Tensor, bank: ExpertBank, rows: list[int], pairs: list[int]
     ) -> torch.Tensor:
-        weights_MK, ids_MK = unpack_choices(choices)
-        sums = [
-            ops.experts(
-                rows_MD[part],
-                weights_MK[part],
-                ids_MK[part],
-                bank.gate_up,
-                bank.down,
-                torch.zeros_like(rows_MD[part]),
-                bank.scales,
-                num_rows=count,
-            )
-            for part, count in grouped_sources(rows, pairs, self._most_pairs)
-        ]
-        return torch.cat(sums) if len(sums) > 1 else [*sums, rows_MD][0]
+        groups = grouped_sources(rows, pairs, self._most_pairs)
+        sums = [self.weighted_sums(rows_MD[part], choices[part], bank, count) for part, count in groups]
+        if len(sums) == 1:
+            return sums[0]
+        return torch.cat([rows_MD.new_empty(0, self.spec.hidden_size, dtype=self._dtype), *sums])
 
 
 class TokenGather(DataParallelDecoder):
     """dp+tp: all ranks' rows are gathered, every rank computes its channels of all their experts, and the parts are
-    summed where the rows came from (reduce-scatter). RankGroup with fewer rows in a step pad to the longest.
+    summed where the rows came from (reduce-scatter). Ranks with fewer rows in a step pad to the longest.
     """
 
     def step(
@@ -142,15 +159,14 @@ class TokenGather(DataParallelDecoder):
         sizes = next(self._steps).tolist()
         longest, total = max(sizes), sum(sizes)
         assert len(normed_TD) == sizes[self._share.rank], (len(normed_TD), sizes)
-        choices = pack_choices(weights_TK, ids_TK)
+        rows_TD, scale_T = self.outgoing(normed_TD, bank)
+        choices = pack_choices(weights_TK, ids_TK, scale_T)
         nowhere = ids_TK.new_full((1, self.spec.top_k), self.spec.num_experts)
-        elsewhere = pack_choices(torch.zeros_like(nowhere, dtype=torch.float32), nowhere)
-        rows = self._collectives.all_gather(_padded(normed_TD, longest, normed_TD.new_zeros(1, 1)))
-        weights, ids = unpack_choices(self._collectives.all_gather(_padded(choices, longest, elsewhere)))
-        num_rows = None if total == len(rows) else total * self.spec.top_k
-        part = ops.experts(
-            rows, weights, ids, bank.gate_up, bank.down, torch.zeros_like(rows), bank.scales, num_rows=num_rows
-        )
+        zeros = torch.zeros_like(nowhere, dtype=torch.float32)
+        elsewhere = pack_choices(zeros, nowhere, None if scale_T is None else zeros[:, 0])
+        rows = self._collectives.all_gather(_padded(rows_TD, longest, rows_TD.new_zeros(1, 1)))
+        choices = self._collectives.all_gather(_padded(choices, longest, elsewhere))
+        part = self.weighted_sums(rows, choices, bank, None if total == len(rows) else total * self.spec.top_k)
         return base_TD + self._collectives.reduce_scatter(part)[: len(base_TD)]
 
 

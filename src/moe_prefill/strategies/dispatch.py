@@ -49,15 +49,17 @@ def homes(to: Destinations) -> torch.Tensor:
     return rows.view(to.needed.shape).t()
 
 
-def pack_choices(weights_SK: torch.Tensor, ids_SK: torch.Tensor) -> torch.Tensor:
-    """Weights (float32) and ids (int32) of every row as one int32 [S, 2K]."""
-    return torch.cat([weights_SK.float().view(torch.int32), ids_SK.int()], dim=1)
+def pack_choices(weights_SK: torch.Tensor, ids_SK: torch.Tensor, scale_S: torch.Tensor | None = None) -> torch.Tensor:
+    """What travels beside a row: weights (float32), ids (int32), the scale of a float8 row; int32 [S, 2K (+ 1)]."""
+    parts = [weights_SK.float().view(torch.int32), ids_SK.int()]
+    return torch.cat(parts if scale_S is None else [*parts, scale_S.view(torch.int32)[:, None]], dim=1)
 
 
-def unpack_choices(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights float32 and ids int64 [S, K]."""
-    weights, ids = packed.chunk(2, dim=1)
-    return weights.contiguous().view(torch.float32), ids.long()
+def unpack_choices(packed: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weights float32 and ids int64 [S, K], and scales float32 [S] or None."""
+    weights = packed[:, :top_k].contiguous().view(torch.float32)
+    scale = packed[:, 2 * top_k :].contiguous().view(torch.float32)
+    return weights, packed[:, top_k : 2 * top_k].long(), scale[:, 0] if scale.shape[1] else None
 
 
 def grouped_sources(rows: Sequence[int], pairs: Sequence[int], most_pairs: int) -> list[tuple[slice, int]]:
