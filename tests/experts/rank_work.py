@@ -284,12 +284,15 @@ def a_gpu_hangs(ranks: Ranks) -> str:
 def built_engines(ranks: Ranks, directory: str) -> list[str]:
     """The settings by which an engine, built from files in its parts, answers differently from a resident one."""
     wrong = []
-    for number, load_format in enumerate(("safetensors", "dummy")):
+    for number, (load_format, quantization) in enumerate(
+        (("safetensors", None), ("safetensors", "fp8"), ("dummy", None))
+    ):
         settings = {
             "model": directory,
             "device": "cpu",
             "threads": 1,
             "load_format": load_format,
+            "quantization": quantization,
             "max_sweep_tokens": 600,  # one sweep on every rank: hybrid banks come in rounds
             "chunk_rows": 64,
             "host_gib": 1.0,

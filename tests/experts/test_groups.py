@@ -2,13 +2,22 @@
 told in bounded time.
 """
 
+import dataclasses
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch.distributed import HashStore
 
+from moe_prefill.core import LayerSpec
+from moe_prefill.engine.banks import BankMemory
+from moe_prefill.errors import UsageError
+from moe_prefill.experts import BankLayout, Ranks
+from moe_prefill.residency import expert_record
 from tests.experts import rank_work
 from tests.experts.groups import LOST, run_group
-from tests.experts.helpers import FOUR_LAYERS
+from tests.experts.helpers import FOUR_LAYERS, filled_memory, model_of
 from tests.reference import random_model
 
 SEEDS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
@@ -67,3 +76,45 @@ def test_pulls_need_no_living_peer(tmp_path):
 def test_a_rank_that_does_not_come_is_told(tmp_path):
     said, _ = run_group(rank_work.nobody_comes, 2, tmp_path, timeout_s=0.5)
     assert "waited 0.5 s" in said
+
+
+def test_hybrid_banks_and_collectives_are_refused_before_anything_is_allocated():
+    converted = model_of("olmoe", FOUR_LAYERS)
+    with pytest.raises(UsageError, match="--transport copy-engine"):
+        filled_memory(converted, ["hybrid"] * 4, ranks=Ranks(0, 2, HashStore()), transport="nccl")
+
+
+@pytest.mark.parametrize(("level", "transport"), [("sharded", "copy-engine"), ("sharded", "nccl"), ("hybrid", "")])
+def test_more_ranks_than_experts(level, transport):
+    """Threads can be ranks too. Six share four experts: some hold none."""
+    converted = model_of("olmoe", 3)
+    spec = dataclasses.replace(converted.spec, num_experts=4, top_k=2)
+    layout = BankLayout(4, expert_record(spec, "float32"))
+    whole = torch.randn(layout.bank_bytes // 4).view(torch.uint8)
+    store, got = HashStore(), {}
+
+    def work(rank: int) -> None:
+        memory = BankMemory(
+            dataclasses.replace(spec, layers=(LayerSpec(sparse=True),)),
+            [level],
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            ranks=Ranks(rank, 6, store, timeout_s=30),
+            transport=transport,
+        )
+        memory._transports[level].place(0).copy_(whole[layout.shard(rank, 6)])
+        source = memory.source()
+        for turn in range(2):
+            source.begin_sweep()
+            bank = source.acquire(0)
+            got[rank, turn] = bank.gate_up.clone(), bank.down.clone()
+            source.release(0)
+            source.end_sweep()
+        source.close()
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
+    want = layout.views(whole)
+    assert len(got) == 12
+    assert all(torch.equal(gate_up, want["gate_up"]) for gate_up, _ in got.values())
+    assert all(torch.equal(down, want["down"]) for _, down in got.values())

@@ -13,6 +13,7 @@ import torch
 
 from .. import ops
 from ..core import ModelSpec
+from ..errors import UsageError
 from ..experts import (
     ALONE,
     DEFAULT_SLICE_BYTES,
@@ -108,6 +109,11 @@ class BankMemory:
         layers = self._at(level)
         if level == "offloaded":
             return HostTransport(layers, self._setup)
+        if level == "hybrid" and self._is_collective:
+            raise UsageError(
+                "hybrid banks are gathered from staged shards by copies, which --transport nccl does not do; use "
+                "--transport copy-engine, or --residency sharded with enough device memory"
+            )
         if level == "hybrid":
             return HybridTransport(layers, self._setup, self._staged_shards)
         assert level == "sharded", level

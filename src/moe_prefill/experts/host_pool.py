@@ -32,9 +32,9 @@ class HostPool:
         total = sum(_paged(size) for size in sizes.values())
         self._device = device
         self._pinned: list[int] = []
-        self._banks: dict[int, torch.Tensor] = {}
+        self._banks = {layer: torch.empty(0, dtype=torch.uint8) for layer in sizes}
         if not total:
-            return
+            return  # no layers, or a rank that has no experts: there are more ranks
         try:
             mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
