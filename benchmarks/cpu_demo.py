@@ -151,8 +151,8 @@ def cpu_name() -> str:
 
 def measure(precision: str, threads: int, mails: int, families: int, runs: int) -> dict[str, Any]:
     dtype = getattr(torch, precision)
-    plain = Engine(MODEL, dtype=precision, threads=threads, sharing="off", prune_last=True)
-    sharing = Engine(MODEL, dtype=precision, threads=threads)
+    plain = Engine(MODEL, device="cpu", dtype=precision, threads=threads, sharing="off", prune_last=True)
+    sharing = Engine(MODEL, device="cpu", dtype=precision, threads=threads)
     ids = [int(i) for i in (plain.tokenizer.token_id("Ġspam") or 1, plain.tokenizer.token_id("Ġham") or 2)]
     peer = Peer(dtype, ids)
     prompts = mail_prompts(plain, mails)

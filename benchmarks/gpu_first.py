@@ -99,8 +99,10 @@ def transformers_twin(engine: LocalEngine) -> Any:
     state = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.final_norm}
     state["lm_head.weight"] = weights.lm_head
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    engine._banks.begin_sweep()
     for index, layer in enumerate(weights.layers):
         bank = engine._banks.acquire(index)
+        engine._banks.release(index)
         q, k, v = layer.attention.qkv.split([q_width, kv_width, kv_width])
         mine = {
             "input_layernorm": layer.attention.norm,
@@ -116,6 +118,7 @@ def transformers_twin(engine: LocalEngine) -> Any:
         state.update({f"model.layers.{index}.{name}.weight": tensor for name, tensor in mine.items()})
         state[f"model.layers.{index}.mlp.experts.gate_up_proj"] = bank.gate_up
         state[f"model.layers.{index}.mlp.experts.down_proj"] = bank.down
+    engine._banks.end_sweep()
     twin.load_state_dict(state, assign=True, strict=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config, device="cuda")
     return twin.eval()

@@ -236,7 +236,7 @@ class LocalEngine:
         dtype = self._weights.embed.dtype
         if self._device.type == "cpu" or dtype == torch.float32:
             return "plain"
-        return ops.flash_kernel(self._device, dtype, self.spec.head_dim).name
+        return ops.flash_kernel(self._device).name
 
     def _dtype_name(self) -> str:
         return str(self._weights.embed.dtype).removeprefix("torch.")

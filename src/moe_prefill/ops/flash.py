@@ -1,0 +1,121 @@
+"""Flash attention kernels for packed rows on CUDA, and which of them runs. Same terms as ``attention``.
+
+FlashAttention 3 (package ``fa3-fwd``) is nearly twice as fast as FlashAttention 2 on Hopper; the latter comes with
+torch and is always there. ``MOE_PREFILL_ATTENTION`` names the kernel to use where the choice is to be forced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .attention import Spans
+
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class FlashKernel:
+    """``run(q, k, v, spans, causal, window, scale)`` gives output [Q, H, d] and log-sum-exp [H, Q] as the kernel has
+    it. ``refusal(device, windowed)`` says why it cannot run, or None.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, bool, int | None, float], Result]
+    refusal: Callable[[torch.device, bool], str | None]
+
+
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
+) -> Result:
+    """One launch, no synchronisation; the log-sum-exp as ``attention`` has it, [Q, H]."""
+    out, lse = chosen(q.device, windowed=window is not None).run(q, k, v, spans, causal, window, scale)
+    # Kernels give +inf for a query without keys.
+    return out, torch.where(torch.isinf(lse), -torch.inf, lse).t()
+
+
+def is_legal(q: torch.Tensor) -> bool:
+    """Whether any flash kernel takes these queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+@functools.cache
+def chosen(device: torch.device, *, windowed: bool = False) -> FlashKernel:
+    """The first kernel of ``KERNELS``, fastest first, that runs here, or the one that the environment names."""
+    legal = [kernel for kernel in KERNELS if kernel.refusal(device, windowed) is None]
+    wanted = os.environ.get("MOE_PREFILL_ATTENTION")
+    named = [kernel for kernel in legal if kernel.name == wanted]
+    return (named or legal)[0]
+
+
+def explain(device: torch.device, *, windowed: bool = False) -> list[str]:
+    """A line for each kernel: chosen, possible, or why not."""
+    lines = []
+    for kernel in KERNELS:
+        refusal = kernel.refusal(device, windowed)
+        state = refusal or ("chosen" if kernel is chosen(device, windowed=windowed) else "possible")
+        lines.append(f"{kernel.name}: {state}")
+    return lines
+
+
+def _flash_3(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, causal: bool, window: int | None, scale: float
+) -> Result:
+    nothing = [None] * 9  # page table to scales of float8 inputs
+    out, lse, *_ = torch.ops.fa3_fwd.fwd(
+        *(q, k, v, None, None, None, None),
+        *(spans.cu_q_device, spans.cu_k_device, None, None, None, spans.max_q, spans.max_k),
+        *nothing,
+        *(scale, causal, -1 if window is None else window - 1, 0 if causal else -1),
+        *(0, 0.0, True, None),  # no chunks, no soft cap
+        1,  # one split: its number would change the order of sums
+        None,
+        0,
+    )
+    return out, lse
+
+
+def _refusal_3(device: torch.device, windowed: bool) -> str | None:
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a Hopper GPU"
+    if windowed:
+        return "its build has no sliding windows"
+    if importlib.util.find_spec("fa3_fwd") is None:
+        return "not installed (pip install fa3-fwd)"
+    importlib.import_module("fa3_fwd._C")  # registers the operator
+    return None
+
+
+def _flash_2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, causal: bool, window: int | None, scale: float
+) -> Result:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        spans.cu_q_device,
+        spans.cu_k_device,
+        spans.max_q,
+        spans.max_k,
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=0 if window is not None else None,
+    )
+    return out, lse
+
+
+KERNELS = (
+    FlashKernel("flash-attention-3", _flash_3, _refusal_3),
+    FlashKernel("flash-attention-2", _flash_2, lambda device, windowed: None),
+)
