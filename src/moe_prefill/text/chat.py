@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -20,7 +20,7 @@ _TEMPLATE_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, Attri
 
 
 class ChatTemplate:
-    """One user message, and a system message if there is one, to the text that ends with the generation prompt.
+    """Messages, mostly one user's and perhaps a system's, to the text that ends with the generation prompt.
 
     Thinking is off where the template knows ``enable_thinking``. ``today`` is the day a template sees through
     ``strftime_now``: fixed for the whole job, or a job that runs past midnight would change its prompts.
@@ -58,6 +58,10 @@ class ChatTemplate:
         """The prompt text. Raises RowError("chat_template") where the template refuses the messages."""
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": user})
+        return self.render_messages(messages)
+
+    def render_messages(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """As ``render``, for a conversation of several messages with ``role`` and ``content``."""
         try:
             return self._template.render(
                 messages=messages,

@@ -1,0 +1,87 @@
+"""What request bodies have in common: strict types, fields that are understood and refused, prompts in any form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from ..core import Int32Array
+from .context import Context
+from .refusals import bad_request
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+
+def _either(*schemas: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(schemas)})
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema, "minItems": 1}
+
+
+# Checked by ``prompts_of`` and ``Context.ids``: pydantic would try every form of a union on every token.
+Prompts = Annotated[Any, _either(_TEXT, _list_of(_TEXT), _list_of(_IDS["items"]), _list_of(_IDS))]
+Texts = Annotated[Any, _either(_TEXT, _list_of(_TEXT))]
+TextOrIds = Annotated[Any, _either(_TEXT, _IDS)]
+Ids = Annotated[Any, WithJsonSchema(_IDS)]
+Items = Annotated[Any, _either(_TEXT, _list_of(_TEXT), _list_of(_IDS))]
+
+
+class Body(BaseModel):
+    """Base of the bodies that others have defined: what they may add later is let through unread."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    model: str | None = None
+    user: str | None = None
+    cache_salt: str | None = Field(None, description="Requests of different salts never share computed prefixes.")
+
+    # Fields that would change the answer in a way that this server cannot: name -> values that ask for nothing.
+    refused: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+
+class OwnBody(Body):
+    """Base of this server's own bodies: an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def refuse_fields(body: dict[str, Any], refused: dict[str, tuple[object, ...]]) -> None:
+    """Raise 400 for a field that asks for what this server does not do."""
+    for name, harmless in refused.items():
+        value = body.get(name)
+        if name in body and value is not None and not any(value == one and type(value) is type(one) for one in harmless):
+            raise bad_request(
+                "unsupported",
+                f"{name} is {str(value)[:60]!r}: this server scores prompts in one forward pass and generates at most one "
+                f"token; leave {name} out",
+                name,
+            )
+
+
+def prompts_of(context: Context, value: object, param: str, *, add_special_tokens: bool = True) -> list[Int32Array]:
+    """A text, texts, ids or lists of ids as ids; those given as ids are taken as they are."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise bad_request("bad_prompt", f"{param} is a text, a list of texts, token ids or a list of lists of them", param)
+    if value and all(type(entry) is int for entry in value):
+        value = [value]
+    context.check_rows(len(value), param)
+    if all(isinstance(entry, str) for entry in value):
+        return context.encode(value, param, add_special_tokens=add_special_tokens)
+    if all(isinstance(entry, list) for entry in value):
+        return [context.ids(entry, f"{param}[{index}]") for index, entry in enumerate(value)]
+    raise bad_request("bad_prompt", f"{param} mixes texts and token ids; all its entries are of one kind", param)
+
+
+def texts_of(context: Context, value: object, param: str) -> list[str]:
+    """A text or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise bad_request("bad_text", f"{param} is a text or a list of texts", param)
+    context.check_rows(len(texts), param)
+    return texts

@@ -1,0 +1,270 @@
+"""Between HTTP and the engine: bounded queues, and one thread that owns the engine and forms its calls.
+
+A call takes what is queued, as late as possible: the oldest first, interactive work before batches. When little is
+there it waits a moment for more. It carries at most as many tokens as the engine, by its speed so far, computes in
+``max_sweep_s``, so that who comes next does not wait longer than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core import AtomicResult, ScoringEngine
+from ..errors import WorkerError
+from .fairqueue import Answers, FairQueue, Part, Work
+from .refusals import Refused, overloaded, unavailable
+
+_log = logging.getLogger(__name__)
+
+Lane = Literal["interactive", "batch"]
+State = Literal["starting", "ready", "draining", "failed", "closed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Bounds of queues and calls. Seconds and tokens; ``tenant_share`` of the queue is what one tenant may fill."""
+
+    max_queue_tokens: int
+    max_queue_requests: int = 512
+    max_wait_s: float = 0.002
+    max_sweep_s: float = 1.0
+    batch_sweep_s: float = 0.25
+    tenant_share: float = 1.0
+
+
+class Pace:
+    """Tokens a second that the engine has computed lately: an average in which each call counts by its time."""
+
+    def __init__(self, memory_s: float = 20.0) -> None:
+        self._memory_s = memory_s
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._tokens / self._seconds if self._seconds > 0 else None
+
+    def add(self, tokens: int, seconds: float) -> None:
+        keep = math.exp(-seconds / self._memory_s)
+        self._tokens = self._tokens * keep + tokens
+        self._seconds = self._seconds * keep + seconds
+
+    def seconds(self, tokens: float) -> float:
+        """Predicted time of that many tokens; 0 before anything was measured."""
+        rate = self.tokens_per_s
+        return tokens / rate if rate else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """What the engine computes next: parts of works of one lane."""
+
+    parts: Sequence[Part]
+    lane: Lane
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(part.work.costs[part.start : part.end]) for part in self.parts)
+
+    @property
+    def num_requests(self) -> int:
+        return sum(part.end - part.start for part in self.parts)
+
+
+class Scheduler:
+    """Owns the engine. ``submit`` takes work in or refuses it; every work taken in gets exactly one reply.
+
+    ``observe`` is told of every finished call with its seconds. The thread is started with ``start``; tests call
+    ``decide`` and ``run`` themselves.
+    """
+
+    def __init__(
+        self,
+        engine: ScoringEngine,
+        policy: Policy,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[Call, float], None] = lambda call, seconds: None,
+    ) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.pace = Pace()
+        self.state: State = "starting"
+        self._clock = clock
+        self._observe = observe
+        self._changed = threading.Condition()  # guards the queues and the state
+        self._queues: dict[Lane, FairQueue] = {"interactive": FairQueue(), "batch": FairQueue()}
+        self._running: Call | None = None
+        self._thread = threading.Thread(target=self._live, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.state = "ready"
+        self._thread.start()
+
+    def queued(self, lane: Lane) -> tuple[int, int]:
+        """Works and tokens that wait."""
+        with self._changed:
+            queue = self._queues[lane]
+            return len(queue), queue.tokens
+
+    def retry_after_s(self) -> int:
+        """When the present queue will be done, whole seconds from 1 to 60."""
+        tokens = sum(queue.tokens for queue in self._queues.values())
+        return min(60, max(1, math.ceil(self.pace.seconds(tokens))))
+
+    def submit(self, work: Work, lane: Lane = "interactive") -> None:
+        """Take work in. Raises Refused: 429 when the queue is full, 503 when the server drains or the engine is lost.
+
+        Batches are bounded by who sends them, so the limits are those of the interactive lane.
+        """
+        with self._changed:
+            self._check_state()
+            if lane == "interactive":
+                self._check_room(work)
+            work.arrived_s = self._clock()
+            self._queues[lane].push(work)
+            self._changed.notify_all()
+
+    def decide(self) -> Call | float | None:
+        """The next call; or seconds to wait for more work; or None when there is no work."""
+        with self._changed:
+            for lane in ("interactive", "batch"):
+                queue = self._queues[lane]
+                if not queue:
+                    continue
+                budget = self._budget(lane)
+                waited_s = self._clock() - queue.oldest_s
+                if lane == "interactive" and queue.tokens < budget and waited_s < self.policy.max_wait_s:
+                    return self.policy.max_wait_s - waited_s
+                parts = queue.take(budget)
+                if parts:
+                    self._running = Call(parts, lane)
+                    return self._running
+            return None
+
+    def run(self, call: Call) -> None:
+        """Compute one call and answer the works that it completes."""
+        begin_s = self._clock()
+        for part in call.parts:
+            part.work.started_s = part.work.started_s or begin_s
+        requests = [request for part in call.parts for request in part.work.requests[part.start : part.end]]
+        try:
+            answers = self.engine.score(requests)
+            assert len(answers) == len(requests), (len(answers), len(requests))
+            self.pace.add(call.tokens, self._clock() - begin_s)
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            _log.error("a call of %d requests failed: %s", len(requests), error, exc_info=True)
+            answers = [error] * len(requests)
+            if isinstance(error, WorkerError):
+                self._fail()
+        self._observe(call, self._clock() - begin_s)
+        with self._changed:
+            self._running = None
+            self._changed.notify_all()
+        for part, mine in _deal(call.parts, answers):
+            part.work.answers += mine
+            if len(part.work.answers) == len(part.work.requests):
+                part.work.resolve(part.work.answers)
+
+    def drain(self, seconds: float) -> int:
+        """Take nothing in any more, finish what is queued for at most ``seconds``, answer the rest with a 503.
+
+        Batch work is given back at once: its lines are kept and go on after the next start. Returns how many works
+        were not served.
+        """
+        with self._changed:
+            if self.state in ("draining", "closed"):
+                return 0
+            if self.state != "failed":
+                self.state = "draining"
+            left = self._queues["batch"].drain()
+            self._changed.notify_all()
+        self._refuse(left)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queues["interactive"] and self._running is None, seconds)
+            left = self._queues["interactive"].drain()
+        self._refuse(left)
+        return len(left)
+
+    def close(self) -> None:
+        """End the thread after the call that runs. What is still queued gets a 503."""
+        with self._changed:
+            self.state = "closed"
+            left = [work for queue in self._queues.values() for work in queue.drain()]
+            self._changed.notify_all()
+        self._refuse(left)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _live(self) -> None:
+        while self.state != "closed":
+            call = self.decide()
+            if isinstance(call, Call):
+                self.run(call)
+                continue
+            with self._changed:
+                if self.state != "closed" and (call is not None or not any(self._queues.values())):
+                    self._changed.wait(call)
+
+    def _budget(self, lane: Lane) -> float:
+        """Tokens of one call. Before anything was measured, one sweep's."""
+        seconds = self.policy.max_sweep_s if lane == "interactive" else self.policy.batch_sweep_s
+        rate = self.pace.tokens_per_s
+        return float(self.engine.limits.max_sweep_tokens) if rate is None else rate * seconds
+
+    def _check_state(self) -> None:
+        if self.state == "starting":
+            raise unavailable("starting", "the server is warming up; ask /ready", 5)
+        if self.state in ("draining", "closed"):
+            raise unavailable("draining", "the server is shutting down; send the request to another one", 5)
+        if self.state == "failed":
+            raise unavailable("engine_lost", "the engine is not available; the server's log says why", 30)
+
+    def _check_room(self, work: Work) -> None:
+        queue, policy = self._queues["interactive"], self.policy
+        if work.tokens > policy.max_queue_tokens:
+            raise Refused(
+                413,
+                "request_too_large",
+                f"the request has {work.tokens} tokens to compute and the whole queue holds {policy.max_queue_tokens}; "
+                "send it in parts, or raise --max-queue-tokens",
+            )
+        if len(queue) >= policy.max_queue_requests or queue.tokens + work.tokens > policy.max_queue_tokens:
+            raise overloaded(
+                f"the queue is full: {len(queue)} requests of {policy.max_queue_requests} and {queue.tokens} tokens of "
+                f"{policy.max_queue_tokens} wait; try again after the time in Retry-After",
+                self.retry_after_s(),
+            )
+        mine = queue.tenant_tokens.get(work.tenant, 0)
+        if mine and mine + work.tokens > policy.tenant_share * policy.max_queue_tokens:
+            raise overloaded(
+                f"your requests fill your share of the queue ({mine} tokens); try again after the time in Retry-After",
+                self.retry_after_s(),
+            )
+
+    def _fail(self) -> None:
+        """The engine is gone for good: tell everyone who waits."""
+        with self._changed:
+            if self.state != "closed":
+                self.state = "failed"
+            left = [work for queue in self._queues.values() for work in queue.drain()]
+        self._refuse(left)
+
+    def _refuse(self, works: Sequence[Work]) -> None:
+        for work in works:
+            work.resolve(unavailable("not_served", "the server stopped before it came to this request; send it again", 5))
+
+
+def _deal(parts: Sequence[Part], answers: Answers) -> Iterator[tuple[Part, list[AtomicResult | Exception]]]:
+    """Each part with its own answers."""
+    start = 0
+    for part in parts:
+        size = part.end - part.start
+        yield part, answers[start : start + size]
+        start += size
