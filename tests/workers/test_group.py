@@ -205,23 +205,43 @@ def test_schedules_in_which_ranks_need_one_another(schedule):
 
 
 CONTROLLER = """
-import json, sys, time
+import json, sys, threading, time
 from moe_prefill.config import EngineConfig
 from moe_prefill.workers import GroupEngine, group
 from tests.workers.helpers import workers
 group.WORKER = "tests.workers.fake_worker"
-engine = GroupEngine(EngineConfig(model="{}", gpus=3, device="cpu"))
-print(json.dumps(workers()), flush=True)
+def tell():
+    while len(workers()) < 3:
+        time.sleep(0.01)
+    print(json.dumps(workers()), flush=True)
+if sys.argv[1] != "{}":
+    threading.Thread(target=tell).start()
+engine = GroupEngine(EngineConfig(model=sys.argv[1], gpus=3, device="cpu"))
+tell()
 time.sleep(60)
 """
 
 
-def test_no_worker_outlives_its_controller():
-    controller = subprocess.Popen([sys.executable, "-c", CONTROLLER], stdout=subprocess.PIPE, cwd=ROOT)
+def start_controller(**facts: Any) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A process with three workers, and their pids: once they are ready, or with any facts once they have begun."""
+    controller = subprocess.Popen(
+        [sys.executable, "-c", CONTROLLER, json.dumps(facts)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
     assert controller.stdout is not None
-    pids = json.loads(controller.stdout.readline())
-    assert len(pids) == 3
+    return controller, json.loads(controller.stdout.readline())
+
+
+def test_no_worker_outlives_its_controller():
+    controller, pids = start_controller()
     harm(pids[0], signal.SIGSTOP)  # one that cannot notice by itself
     controller.kill()
     controller.communicate()
     assert wait_for(lambda: not any(map(is_alive, pids)), 2.0), [pid for pid in pids if is_alive(pid)]
+
+
+def test_ctrl_c_ends_the_workers_also_while_they_start():
+    controller, pids = start_controller(build_s=60)
+    controller.send_signal(signal.SIGINT)
+    _, errors = controller.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in errors
+    assert not any(map(is_alive, pids))

@@ -213,8 +213,8 @@ class GroupEngine:
                 group.send(item.rank, Score(number=item.number, requests=requests))
             for rank, message in group.poll():
                 self._take(rank, message)
-            for rank in watch.hanging(self._board.busy()):
-                raise group.hangs(rank, watch.limit_s)
+            if hanging := watch.hanging(self._board.busy()):
+                raise group.hangs(hanging, watch.limit_s)
 
     def _take(self, rank: int, message: Message) -> None:
         if not isinstance(message, Scored):

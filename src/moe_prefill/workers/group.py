@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import errors
@@ -131,9 +131,12 @@ class WorkerGroup:
         self.page.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def hangs(self, rank: int, limit_s: float) -> WorkerLost:
-        """What to raise for a rank that the watch has given up."""
-        pid, layers = self._processes[rank].pid, int(self.page.counts[rank])
+    def hangs(self, ranks: Sequence[int], limit_s: float) -> WorkerLost:
+        """What to raise for ranks that the watch has given up. Ranks wait for one another, so the one that has done
+        least holds the others up.
+        """
+        layers, rank = min((layers, rank) for rank, layers in enumerate(self.page.read()) if rank in ranks)
+        pid = self._processes[rank].pid
         return WorkerLost(
             WorkerError(f"worker {rank} (process {pid}) hangs: no layer in {limit_s:.1f} s, {layers} before that")
         )
