@@ -33,9 +33,9 @@ def _start(folder: Path, rank: int, log: Path, environment: dict[str, str]) -> s
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-def run(folder: Path, cases: list[Case], models: dict[str, Model]) -> list[list[Outcome]]:
-    """The outcomes of every case, rank by rank."""
-    torch.save({"cases": cases, "models": models}, folder / "job.pt")
+def run(folder: Path, cases: list[Case], models: dict[str, Model], device: str = "cpu") -> list[list[Outcome]]:
+    """The outcomes of every case, rank by rank; on CUDA with a GPU for every rank."""
+    torch.save({"cases": cases, "models": models, "device": device}, folder / "job.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = range(max(case.size for case in cases))
     logs = [folder / f"rank{rank}.log" for rank in ranks]

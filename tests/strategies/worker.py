@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest, ModelSpec
+from moe_prefill.dist import open_process_group
 from moe_prefill.memory import memory_plan
 from moe_prefill.residency import bank_dtype
 from moe_prefill.strategies import RankGroup, share_of, strategy_engine
@@ -55,7 +56,11 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
         quantization=case.quantization,
     )
     stored = bank_dtype(config, "float32")
-    weights, banks = load_share(share, lambda slot, shape, rows: slots[slot][rows.start : rows.stop], stored)
+
+    def fill(slot, shape, rows):
+        return slots[slot][rows.start : rows.stop].to(group.device)
+
+    weights, banks = load_share(share, fill, stored)
     memory = memory_plan(share.spec, slots["embed"].element_size(), case.sweep_tokens, case.chunk_rows)
     engine = strategy_engine(config, share, group, weights, banks, memory)
     outcome = Outcome([], engine.traffic.sent)
@@ -63,7 +68,7 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
 
     def recorded_route(*args):
         weights, ids = route(*args)
-        outcome.ids.setdefault(engine.traffic.layer, []).append(ids.numpy().copy())
+        outcome.ids.setdefault(engine.traffic.layer, []).append(ids.cpu().numpy().copy())
         return weights, ids
 
     def recorded_run(plan):
@@ -72,6 +77,7 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
 
     engine._decoder.route, engine._run = recorded_route, recorded_run
     outcome.results = engine.score(case.requests[group.rank])
+    engine.close()
     return outcome
 
 
@@ -79,12 +85,15 @@ def main(path: str, rank: int) -> None:
     folder = Path(path)
     torch.set_num_threads(1)
     job = torch.load(folder / "job.pt", weights_only=False)
+    device = torch.device("cuda", rank) if job["device"] == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     outcomes: dict[int, Outcome] = {}
     for size in sorted({case.size for case in job["cases"]}):
         if rank >= size:
             continue
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
-        group = RankGroup.of_world(torch.device("cpu"))
+        open_process_group(dist.FileStore(f"{folder}/store{size}", size), rank, size, device)
+        group = RankGroup.of_world(device)
         for number, case in enumerate(job["cases"]):
             if case.size == size:
                 outcomes[number] = run_case(case, *job["models"][case.model], group)
