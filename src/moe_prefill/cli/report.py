@@ -46,6 +46,10 @@ def show_summary(summary: Summary, console: Console) -> None:
         saved = f"{data['saved_prefix_tokens']:.1%} of the tokens saved by sharing prefixes"
         rate = f"{data['rows_per_s']:,} rows/s, {data['tokens_per_s']:,} tokens/s"
         console.print(f"{rate}, {saved}{mfu}", soft_wrap=True)
+    if summary.stats.restarts:
+        lost = f"workers were lost and started again {summary.stats.restarts} times"
+        back = f"{summary.stats.recovery_s:.1f} s until they were back, no row lost"
+        console.print(f"[yellow]{lost}: {back}[/yellow]", soft_wrap=True)
     for code, number in counts.errors.most_common():
         console.print(f"[red]{rows_text(number)} with error {escape(code)}[/red]")
     for note, number in counts.notes.most_common():
