@@ -72,4 +72,4 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
-    sys.exit(process.main(FakeEngine))
+    process.run(FakeEngine)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def build_rank(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEng
     return build_strategy_engine(start.config, RankGroup.of_world(device), layers_done)
 
 
-def main(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> int:
+def main(build: Callable[[Start, int, int, int], LocalEngine]) -> int:
     """Say hello, build, serve; returns the exit code."""
     path, rank, page_fd, store_fd = sys.argv[1], *map(int, sys.argv[2:])
     parent = os.getppid()
@@ -163,5 +163,15 @@ def arriving(inbox: SimpleQueue[Message], given: deque[int]) -> Iterator[list[At
         yield message.requests.unpack()
 
 
+def run(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> NoReturn:
+    """``main``, and the end of the process. The engine has been closed: what libraries do at exit (a second of it in
+    torch, and NCCL may wait for ranks that are gone) is not waited for.
+    """
+    code = main(build)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
