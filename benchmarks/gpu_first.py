@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="a model of reduced depth, at least 24")
     parser.add_argument("--cells", default="256,4096,32768")
     parser.add_argument("--sweep-tokens", type=int, default=65536)
+    parser.add_argument("--chunk-rows", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--peer-tokens", type=int, default=32768, help="tokens a batch for transformers; 0: no peer")
     parser.add_argument("--profile", type=Path, default=None)
@@ -175,6 +176,7 @@ def main() -> None:
         "dtype": "bfloat16",
         "max_sweep_tokens": options.sweep_tokens,
         "num_layers": options.layers,
+        "chunk_rows": options.chunk_rows,
     }
     start = time.perf_counter()
     engine = build_engine(EngineConfig(**config, prune_last=False))
