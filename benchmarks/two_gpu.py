@@ -6,8 +6,9 @@
 Starts one process a GPU. Dummy weights; the last layer runs in full; no sharing. A sweep size is that of one rank's
 sweep under asyncep and dp, of all ranks' under tp and pp. Every setting of the lists is run once to warm up and once
 timed; the fastest is then measured: warm up until two runs agree within 2%, the median of at least five runs. A run
-begins when all ranks are ready and ends when the last one has its answers. The results file is written after each
-length; ``searched`` in it lists every setting tried, with its seconds, or why it was refused.
+begins when all ranks are ready and ends when the last one has its answers; a pipeline, which is filled and drained in
+each, is given runs of twice the tokens. The results file is written after each strategy; ``searched`` in it lists every
+setting tried, with its seconds, or why it was refused.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ class Rank:
             micro_batches=setting.micro_batches,
         )
 
-    def settings(self, strategy: str, longest: int) -> list[Setting]:
-        """Sweeps that hold the longest request, largest first."""
+    def settings(self, strategy: str) -> list[Setting]:
+        """Largest first; where no sweep of the list holds the longest request, that request is a sweep."""
         options = self.options
         micro = options.micro_batches if strategy == "pp+pp" else [1]
-        sweeps = sorted({max(tokens, longest) for tokens in options.sweeps}, reverse=True)
-        return [Setting(*each) for each in itertools.product(sweeps, options.chunks, micro)]
+        sweeps = sorted({*options.sweeps, max(*options.sweeps, *options.tokens)}, reverse=True)
+        return [Setting(*each) for each in itertools.product(sweeps, sorted(options.chunks, reverse=True), micro)]
 
     def seconds(self, engine: LocalEngine, requests: list[AtomicRequest]) -> float:
         """One run, from when all ranks are ready until the last has its answers; the same number on all ranks."""
@@ -146,10 +147,10 @@ class Contender:
 
 
 class Baseline(Contender):
-    def __init__(self, rank: Rank, strategy: str, longest: int) -> None:
+    def __init__(self, rank: Rank, strategy: str) -> None:
         super().__init__(rank, strategy)
         spec, _ = open_model(rank.options.model, "dummy", rank.options.layers)
-        settings = rank.settings(strategy, longest)
+        settings = rank.settings(strategy)
         config = rank.config(strategy, settings[0])
         dtype = pick_dtype(config.dtype, spec, rank.device)
         self.share = requested_share(config, spec, rank.rank, rank.size)
@@ -178,12 +179,12 @@ class Baseline(Contender):
 class AsyncEp(Contender):
     """Built once, with the largest sweep and chunks that fit; smaller settings lie within its memory."""
 
-    def __init__(self, rank: Rank, strategy: str, longest: int) -> None:
+    def __init__(self, rank: Rank, strategy: str) -> None:
         super().__init__(rank, strategy)
-        wanted = rank.settings(strategy, longest)
+        wanted = rank.settings(strategy)
         self._engine: LocalEngine | None = None
         for number, built in enumerate(wanted):
-            ranks = Ranks(rank.rank, rank.size, dist.PrefixStore(f"{longest}/{number}", rank.store))
+            ranks = Ranks(rank.rank, rank.size, dist.PrefixStore(f"asyncep/{number}", rank.store))
             try:
                 self._engine = build_engine(rank.config(strategy, built), ranks)
             except MoePrefillError as error:
@@ -209,37 +210,40 @@ class AsyncEp(Contender):
 
 def requests_of(rank: Rank, contender: Contender, tokens: int, vocab: int) -> list[AtomicRequest]:
     """The same ids for every strategy: all of them, or this rank's part."""
-    count = max(1, rank.options.run_tokens // tokens) * rank.size
+    count = max(1, rank.options.run_tokens // tokens) * rank.size * (2 if contender.strategy == "pp+pp" else 1)
     ids = np.random.default_rng(tokens).integers(0, vocab, (count, tokens), dtype=np.int32)
     mine = ids[rank.rank :: rank.size] if contender.owns_requests else ids
     return [AtomicRequest.candidates(row, [3, 5]) for row in mine]
 
 
-def measure(rank: Rank, strategy: str, tokens: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def contender_of(rank: Rank, strategy: str) -> Contender:
+    return AsyncEp(rank, strategy) if strategy == ASYNCEP else Baseline(rank, strategy)
+
+
+def measure(rank: Rank, contender: Contender, tokens: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """A cell, where any setting fits, and what was searched."""
     if rank.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rank.device)
-    searched: dict[str, Any] = {"strategy": strategy, "tokens": tokens}
-    try:
-        contender = (AsyncEp if strategy == ASYNCEP else Baseline)(rank, strategy, tokens)
-    except MoePrefillError as error:
-        return None, searched | {"refused": str(error)}
     spec, _ = open_model(rank.options.model, "dummy", rank.options.layers)
     requests = requests_of(rank, contender, tokens, spec.vocab_size)
     tried: dict[Setting, float] = {}
     for setting in contender.settings:
+        if setting.sweep_tokens < tokens:
+            continue
         with contender.engine(setting) as engine:
             rank.seconds(engine, requests)
             tried[setting] = rank.seconds(engine, requests)
-    searched |= {"refused": contender.refused, "seconds": {str(setting): took for setting, took in tried.items()}}
-    cell = None
-    if tried:
-        best = min(tried, key=lambda setting: tried[setting])
-        with contender.engine(best) as engine:
-            cell = cell_of(rank, contender, engine, best, requests, tokens)
-        searched["best"] = str(best)
-    contender.close()
-    return cell, searched
+    searched: dict[str, Any] = {
+        "strategy": contender.strategy,
+        "tokens": tokens,
+        "refused": contender.refused,
+        "seconds": {str(setting): took for setting, took in tried.items()},
+    }
+    if not tried:
+        return None, searched
+    best = min(tried, key=lambda setting: tried[setting])
+    with contender.engine(best) as engine:
+        return cell_of(rank, contender, engine, best, requests, tokens), searched | {"best": str(best)}
 
 
 def cell_of(
@@ -308,19 +312,30 @@ def expert_load(rank: Rank, contender: Contender, engine: LocalEngine, requests:
 
 def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     mine, report = Rank(rank, options, folder), heading(options)
-    for tokens in options.tokens:
-        found = [measure(mine, strategy, tokens) for strategy in options.strategies]
-        cells = [cell for cell, _ in found if cell is not None]
-        rates = {cell["strategy"]: cell["tokens_per_s"] for cell in cells}
-        for cell in cells:
-            if ASYNCEP in rates and cell["strategy"] != ASYNCEP:
-                cell["ratio"] = rates[ASYNCEP] / cell["tokens_per_s"]
-        report["cells"] += cells
-        report["searched"] += [searched for _, searched in found]
+    for strategy in options.strategies:
+        try:
+            contender = contender_of(mine, strategy)
+        except MoePrefillError as error:
+            report["searched"].append({"strategy": strategy, "refused": str(error)})
+            continue
+        for tokens in options.tokens:
+            cell, searched = measure(mine, contender, tokens)
+            report["searched"].append(searched)
+            report["cells"] += [cell] if cell is not None else []
+        contender.close()
+        add_ratios(report["cells"])
         if rank == 0:
-            print(*map(json.dumps, cells), sep="\n", flush=True)
+            print(*(json.dumps(cell) for cell in report["cells"] if cell["strategy"] == strategy), sep="\n", flush=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")
     dist.destroy_process_group()
+
+
+def add_ratios(cells: list[dict[str, Any]]) -> None:
+    """``ratio``: asyncep's tokens/s over the cell's, at the same length."""
+    rates = {cell["tokens"]: cell["tokens_per_s"] for cell in cells if cell["strategy"] == ASYNCEP}
+    for cell in cells:
+        if cell["strategy"] != ASYNCEP and cell["tokens"] in rates:
+            cell["ratio"] = rates[cell["tokens"]] / cell["tokens_per_s"]
 
 
 def heading(options: argparse.Namespace) -> dict[str, Any]:
@@ -351,15 +366,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", choices=("fp8",), default=None)
     parser.add_argument("--skew", type=float, default=None)
-    parser.add_argument("--strategies", type=lambda text: text.split(","), default=[*NAMES, ASYNCEP])
+    parser.add_argument("--strategies", type=lambda text: text.split(","), default=[ASYNCEP, *NAMES])
     parser.add_argument("--residency", default="sharded", help="of asyncep")
     parser.add_argument("--transport", choices=("copy-engine", "nccl"), default="copy-engine", help="of asyncep")
     parser.add_argument("--tokens", type=numbers, default=[256, 4096, 32768])
-    parser.add_argument("--sweeps", type=numbers, default=[32768, 65536, 131072])
-    parser.add_argument("--chunks", type=numbers, default=[8192, 16384, 32768])
+    parser.add_argument("--sweeps", type=numbers, default=[65536, 131072])
+    parser.add_argument("--chunks", type=numbers, default=[16384, 32768])
     parser.add_argument("--micro-batches", type=numbers, default=[4, 8])
-    parser.add_argument("--run-tokens", type=int, default=262144, help="tokens a GPU in one run")
-    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--run-tokens", type=int, default=131072, help="tokens a GPU in one run")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of timed runs, at least")
     parser.add_argument("--least-runs", type=int, default=5)
     parser.add_argument("--hbm-gib", type=float, default=None)
     options = parser.parse_args()

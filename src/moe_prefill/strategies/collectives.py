@@ -55,13 +55,6 @@ class Traffic:
         if num_bytes:
             self.sent[self.layer, operation] += num_bytes
 
-    def of_layer(self, layer: int) -> Fraction:
-        return sum((count for (at, _), count in self.sent.items() if at == layer), Fraction())
-
-    @property
-    def total(self) -> Fraction:
-        return sum(self.sent.values(), Fraction())
-
 
 class Collectives:
     """The operations of the strategies. Enqueued on the device; only ``gather_host`` waits."""

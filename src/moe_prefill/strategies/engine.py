@@ -53,7 +53,7 @@ class StrategyEngine(LocalEngine):
             quantization=config.quantization,
         )
         self.share = share
-        self.schedule = "rounds" if share.name.startswith("dp") else "together"
+        self.schedule = "rounds" if share.is_data_parallel else "together"
         self.traffic = collectives.traffic
         self._decoder = decoder
         self._collectives = collectives
