@@ -56,6 +56,16 @@ class WorkerError(MoePrefillError):
     exit_code = 8
 
 
+class Overloaded(MoePrefillError):
+    """The frontend's queue is full. ``retry_after_s`` is the predicted time until what is queued has been computed."""
+
+    exit_code = 9
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class RowError(MoePrefillError):
     """One row cannot be answered.
 

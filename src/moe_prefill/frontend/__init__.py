@@ -1,0 +1,36 @@
+"""The frontend: where a request goes, what it costs, and when a worker has enough. Torch-free and without a clock."""
+
+from .costs import Cost, RequestCosts
+from .former import FormedSweep, SweepBounds, WaitingRoom
+from .frontend import Admission, Frontend
+from .load import Load
+from .policies import POLICIES, Extensions, Limits, Ours, Policy, make_policy
+from .queues import Fifo, LookAhead, Queue, ShortestFirst
+from .tables import PrefixTable
+from .ticket import Ticket, make_ticket
+from .worker import Worker
+
+__all__ = [
+    "POLICIES",
+    "Admission",
+    "Cost",
+    "Extensions",
+    "Fifo",
+    "FormedSweep",
+    "Frontend",
+    "Limits",
+    "Load",
+    "LookAhead",
+    "Ours",
+    "Policy",
+    "PrefixTable",
+    "Queue",
+    "RequestCosts",
+    "ShortestFirst",
+    "SweepBounds",
+    "Ticket",
+    "WaitingRoom",
+    "Worker",
+    "make_policy",
+    "make_ticket",
+]

@@ -1,0 +1,259 @@
+"""Which worker gets a request: ours, the paper's rule, and what other systems do, behind one interface.
+
+A policy brings the queue from which the router takes requests and chooses a worker for the one in front, or nobody for
+now. Rules that hold requests back say how much a worker may have; the others hand on what comes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..blocks import BLOCK_TOKENS, Digest, held_blocks
+from .costs import RequestCosts
+from .queues import Fifo, LookAhead, Queue, ShortestFirst
+from .siblings import SIBLING_BLOCKS
+from .ticket import Ticket
+from .worker import Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """FLOPs of one sweep: ``saturated`` is T, ``full`` those of a sweep at the memory bound."""
+
+    saturated: int
+    full: int
+
+
+class Policy(Protocol):
+    """One rule. ``workers`` are those that live, in order of their index; at least one."""
+
+    name: str
+    queue: Queue
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        """Who gets ``ticket``, the front of ``queue``, now; None: it has to wait."""
+        ...
+
+    def lost(self, worker: Worker) -> None:
+        """A worker's prefixes are gone."""
+        ...
+
+
+class _Plain:
+    """In order of arrival, nothing remembered."""
+
+    name: str
+
+    def __init__(self, costs: RequestCosts) -> None:
+        self.queue: Queue = Fifo(costs)
+
+    def lost(self, worker: Worker) -> None:
+        pass
+
+
+class RoundRobin(_Plain):
+    """One after the other."""
+
+    name = "round-robin"
+    _turn = -1
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        self._turn += 1
+        return workers[self._turn % len(workers)]
+
+
+class WaitingRunning(_Plain):
+    """vLLM's data-parallel load balancer: the least of 4 x waiting + running requests."""
+
+    name = "vllm"
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        return min(workers, key=lambda w: (4 * w.load.waiting + w.load.running, w.index))
+
+
+class LeastTokens(_Plain):
+    """The fewest tokens that are given and not finished."""
+
+    name = "least-tokens"
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        return min(workers, key=lambda w: (w.load.tokens, w.index))
+
+
+class CacheAware(_Plain):
+    """SGLang's router: while request counts differ by more than ``balance_abs`` and by the factor ``balance_rel``, the
+    worker with the fewest; else the one whose history has more than ``threshold`` of the request as a prefix; else the
+    one with the smallest history.
+    """
+
+    name = "sglang"
+
+    def __init__(
+        self, costs: RequestCosts, *, threshold: float = 0.5, balance_abs: int = 32, balance_rel: float = 1.1
+    ) -> None:
+        super().__init__(costs)
+        self.threshold, self.balance_abs, self.balance_rel = threshold, balance_abs, balance_rel
+        self._history: dict[int, dict[Digest, None]] = {}  # all blocks ever given to a worker
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        counts = [w.load.waiting + w.load.running for w in workers]
+        most, least = max(counts), min(counts)
+        if most - least > self.balance_abs and most > self.balance_rel * least:
+            chosen = workers[counts.index(least)]
+        else:
+            chosen = self._by_history(ticket, workers)
+        self._of(chosen).update(dict.fromkeys(ticket.chain))
+        return chosen
+
+    def lost(self, worker: Worker) -> None:
+        self._history.pop(worker.index, None)
+
+    def _by_history(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker:
+        blocks = [held_blocks(ticket.chain, len(ticket.chain), self._of(w)) for w in workers]
+        best = max(blocks)
+        if best * BLOCK_TOKENS > self.threshold * ticket.num_tokens:
+            return workers[blocks.index(best)]
+        return min(workers, key=lambda w: (len(self._of(w)), w.index))
+
+    def _of(self, worker: Worker) -> dict[Digest, None]:
+        return self._history.setdefault(worker.index, {})
+
+
+class PaperRule:
+    """Section 7: of the workers below T the one with the longest match, committed or pending; among equals, and where
+    nothing matches, the one with the least load.
+    """
+
+    name = "paper"
+
+    def __init__(self, costs: RequestCosts, limits: Limits) -> None:
+        self.queue: Queue = Fifo(costs)
+        self._limit = limits.saturated
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        below = [w for w in workers if w.load.flops < self._limit]
+        if not below:
+            return None
+        return min(below, key=lambda w: (-_blocks(w, ticket), w.load.flops, w.index))
+
+    def lost(self, worker: Worker) -> None:
+        pass
+
+
+class ShortestPrefill:
+    """PrefillOnly: the request with the fewest tokens that are not cached, to the least loaded worker below a full
+    sweep.
+    """
+
+    name = "shortest-prefill"
+
+    def __init__(self, costs: RequestCosts, limits: Limits) -> None:
+        self.queue: Queue = ShortestFirst(costs)
+        self._limit = limits.full
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        below = [w for w in workers if w.load.flops < self._limit]
+        if not below:
+            return None
+        return min(below, key=lambda w: (-_sibling_blocks(w, ticket), w.load.flops, w.index))
+
+    def lost(self, worker: Worker) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extensions:
+    """What goes beyond the paper's rule; each can be switched off.
+
+    ``look_ahead``: siblings in the queue are brought together; ``long_first``: groups with long requests first.
+    ``memory_bound``: a worker takes work up to a full sweep instead of T. ``spill``: a worker that would be done
+    later than all workers on average is passed over, even where it has the prefix. ``close_tokens``: matches that
+    differ by less are alike, and the predicted time until the worker is done decides.
+    """
+
+    look_ahead: bool = True
+    long_first: bool = True
+    memory_bound: bool = True
+    spill: bool = True
+    close_tokens: int = 2 * BLOCK_TOKENS
+
+
+class Ours:
+    """The paper's rule with its extensions.
+
+    While much is queued the workers are busy anyway, so a request goes where it adds the least work. When what is left
+    would be done sooner elsewhere it goes where it is done first: the average time at which all workers are done, if
+    the rest were spread evenly, tells the two apart.
+    """
+
+    name = "ours"
+
+    def __init__(self, costs: RequestCosts, limits: Limits, extensions: Extensions | None = None) -> None:
+        self.extensions = on = extensions or Extensions()
+        self.queue: Queue = LookAhead(costs, long_first=on.long_first) if on.look_ahead else Fifo(costs)
+        self._costs = costs
+        self._limit = limits.full if on.memory_bound else limits.saturated
+
+    def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
+        below = [w for w in workers if w.load.flops < self._limit]
+        if not below:
+            return None
+        options = self._options(ticket, below)
+        if self.extensions.spill:
+            done_ns = (sum(w.load.ns for w in workers) + self.queue.remaining_ns) / len(workers)
+            in_time = [option for option in options if option.done_ns <= done_ns]
+            if not in_time:
+                return min(options, key=lambda option: option.done_ns).worker
+            options = in_time
+        most = max(option.blocks for option in options)
+        close = [o for o in options if BLOCK_TOKENS * (most - o.blocks) <= self.extensions.close_tokens]
+        return min(close, key=lambda option: option.done_ns).worker
+
+    def lost(self, worker: Worker) -> None:
+        pass
+
+    def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
+        cost_ns: dict[int, int] = {}
+        options = []
+        for worker in workers:
+            blocks = _blocks(worker, ticket)
+            if blocks not in cost_ns:
+                cost_ns[blocks] = self._costs.of(ticket, BLOCK_TOKENS * blocks).ns
+            options.append(_Option(worker, blocks, worker.load.ns + cost_ns[blocks]))
+        return options
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """``blocks`` that ``worker`` has; ``done_ns``: predicted time until it has done everything and this request."""
+
+    worker: Worker
+    blocks: int
+    done_ns: int = field(default=0)
+
+
+def _blocks(worker: Worker, ticket: Ticket) -> int:
+    return worker.table.match(ticket.chain, ticket.usable_blocks)
+
+
+def _sibling_blocks(worker: Worker, ticket: Ticket) -> int:
+    """As ``_blocks``, but a match too short to be worth anything is none."""
+    blocks = _blocks(worker, ticket)
+    return blocks if blocks >= SIBLING_BLOCKS else 0
+
+
+POLICIES = ("ours", "paper", "round-robin", "vllm", "least-tokens", "sglang", "shortest-prefill")
+
+
+def make_policy(name: str, costs: RequestCosts, limits: Limits) -> Policy:
+    """A policy by its name in ``POLICIES``."""
+    plain: dict[str, type[_Plain]] = {kind.name: kind for kind in (RoundRobin, WaitingRunning, LeastTokens, CacheAware)}
+    if name in plain:
+        made: Policy = plain[name](costs)  # type: ignore[assignment]
+        return made
+    held: dict[str, type[Ours] | type[PaperRule] | type[ShortestPrefill]] = {
+        kind.name: kind for kind in (Ours, PaperRule, ShortestPrefill)
+    }
+    return held[name](costs, limits)

@@ -1,0 +1,17 @@
+"""A virtual-time simulator: the real frontend over workers whose time comes from the cost model. Torch-free."""
+
+from .machine import Machine, plan_machine
+from .oracle import oracle_saved_tokens
+from .simulator import Outcome, simulate
+from .timing import SweepTimer
+from .worker import SimulatedWorker
+
+__all__ = [
+    "Machine",
+    "Outcome",
+    "SimulatedWorker",
+    "SweepTimer",
+    "oracle_saved_tokens",
+    "plan_machine",
+    "simulate",
+]

@@ -1,0 +1,143 @@
+"""Virtual time: the frontend decides, simulated workers take their time, events are played in order."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import Overloaded
+from ..frontend import Frontend, Policy, Ticket
+from .machine import Machine
+from .timing import SweepTimer
+from .worker import SimulatedWorker
+
+_REPORTS = 8  # of progress, a sweep
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """One simulated run. ``busy_s``, one a worker; ``latency_s`` and ``worker_of``, one a request by its place in the
+    list, NaN and -1 where it was refused. ``order``: places in the order in which requests were given out.
+    """
+
+    makespan_s: float = 0.0
+    busy_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    flops: int = 0
+    sweeps: int = 0
+    refused: int = 0
+    latency_s: list[float] = field(default_factory=list)
+    worker_of: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.makespan_s
+
+    @property
+    def saved_fraction(self) -> float:
+        return (self.prompt_tokens - self.computed_tokens) / self.prompt_tokens
+
+    @property
+    def imbalance(self) -> float:
+        """Busy seconds of the busiest worker over those of the least busy one."""
+        return max(self.busy_s) / max(min(self.busy_s), 1e-12)
+
+    def latency_quantile_s(self, quantile: float) -> float:
+        return float(np.nanquantile(self.latency_s, quantile))
+
+
+def simulate(
+    tickets: Sequence[Ticket],
+    machine: Machine,
+    num_workers: int,
+    policy: Policy,
+    *,
+    watch: Callable[[Simulation], None] | None = None,
+) -> Outcome:
+    """Serve these requests, whose ids are their places in the list, until all are answered. ``watch`` is called
+    whenever the frontend has decided.
+    """
+    assert all(ticket.id == place for place, ticket in enumerate(tickets)), "ids are places in the list"
+    return Simulation(tickets, machine, num_workers, policy, watch or (lambda simulation: None)).run()
+
+
+class Simulation:
+    """The clock and the events of one run."""
+
+    def __init__(
+        self,
+        tickets: Sequence[Ticket],
+        machine: Machine,
+        num_workers: int,
+        policy: Policy,
+        watch: Callable[[Simulation], None],
+    ) -> None:
+        timer = SweepTimer(machine)
+        self.now_s = 0.0
+        self.frontend = Frontend(num_workers, policy, machine.costs, machine.bounds, machine.admission)
+        self.workers = [SimulatedWorker(index, timer) for index in range(num_workers)]
+        self.outcome = Outcome(latency_s=[float("nan")] * len(tickets), worker_of=[-1] * len(tickets))
+        self._watch = watch
+        self._serial = itertools.count()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        for ticket in tickets:
+            self._at(ticket.arrival_s, lambda ticket=ticket: self._arrive(ticket))  # type: ignore[misc]
+
+    def run(self) -> Outcome:
+        while self._events:
+            self.now_s = self._events[0][0]
+            while self._events and self._events[0][0] == self.now_s:
+                heapq.heappop(self._events)[2]()
+            self.frontend.route()
+            for worker in self.workers:
+                self._start(worker)
+            self._watch(self)
+        assert self.frontend.idle, "everything taken in is answered"
+        self.outcome.busy_s = [worker.busy_s for worker in self.workers]
+        return self.outcome
+
+    def _at(self, time_s: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._serial), event))
+
+    def _arrive(self, ticket: Ticket) -> None:
+        try:
+            self.frontend.submit(ticket)
+        except Overloaded:
+            self.outcome.refused += 1
+
+    def _start(self, worker: SimulatedWorker) -> None:
+        """Begin a worker's next sweep if it has none."""
+        if worker.running is not None or not len(self.frontend.workers[worker.index].waiting):
+            return
+        wakes_s = self.frontend.wakes_at(worker.index)
+        if wakes_s > self.now_s:
+            self._at(wakes_s, lambda: None)
+            return
+        sweep = self.frontend.next_sweep(worker.index, self.now_s)
+        assert sweep is not None
+        run = worker.start(sweep)
+        for part in range(1, _REPORTS):
+            self._at(
+                self.now_s + run.seconds * part / _REPORTS,
+                lambda part=part: self.frontend.progress(sweep.number, part, _REPORTS),  # type: ignore[misc]
+            )
+        self._at(self.now_s + run.seconds, lambda: self._finish(worker))
+
+    def _finish(self, worker: SimulatedWorker) -> None:
+        run, outcome = worker.running, self.outcome
+        assert run is not None
+        for ticket in self.frontend.finished(run.sweep.number, worker.finish()):
+            outcome.latency_s[ticket.id] = self.now_s - ticket.arrival_s
+            outcome.worker_of[ticket.id] = worker.index
+            outcome.order.append(ticket.id)
+            outcome.prompt_tokens += ticket.num_tokens
+        outcome.computed_tokens += run.tokens
+        outcome.flops += run.flops
+        outcome.sweeps += 1
+        outcome.makespan_s = self.now_s

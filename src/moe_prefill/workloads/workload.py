@@ -1,0 +1,31 @@
+"""A list of requests with their arrivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core import AtomicRequest
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """R requests in order of arrival. ``sources`` [R]: which data set each is like; ``arrival_s`` float64 [R]."""
+
+    name: str
+    requests: Sequence[AtomicRequest]
+    sources: Sequence[str]
+    arrival_s: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        assert len(self.requests) == len(self.sources) == len(self.arrival_s)
+        assert (np.diff(self.arrival_s) >= 0).all(), "requests are in order of arrival"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(request.tokens) for request in self.requests)
