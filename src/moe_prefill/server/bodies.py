@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -39,25 +39,20 @@ class Body(BaseModel):
     user: str | None = None
     cache_salt: str | None = Field(None, description="Requests of different salts never share computed prefixes.")
 
-    # Fields that would change the answer in a way that this server cannot: name -> values that ask for nothing.
-    refused: ClassVar[dict[str, tuple[object, ...]]] = {}
-
-
-class OwnBody(Body):
-    """Base of this server's own bodies: an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
 
 def refuse_fields(body: dict[str, Any], refused: dict[str, tuple[object, ...]]) -> None:
     """Raise 400 for a field that asks for what this server does not do."""
     for name, harmless in refused.items():
         value = body.get(name)
-        if name in body and value is not None and not any(value == one and type(value) is type(one) for one in harmless):
+        if (
+            name in body
+            and value is not None
+            and not any(value == one and type(value) is type(one) for one in harmless)
+        ):
             raise bad_request(
                 "unsupported",
-                f"{name} is {str(value)[:60]!r}: this server scores prompts in one forward pass and generates at most one "
-                f"token; leave {name} out",
+                f"{name} is {str(value)[:60]!r}: this server scores prompts in one forward pass and generates at most "
+                f"one token; leave {name} out",
                 name,
             )
 
@@ -67,12 +62,15 @@ def prompts_of(context: Context, value: object, param: str, *, add_special_token
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
-        raise bad_request("bad_prompt", f"{param} is a text, a list of texts, token ids or a list of lists of them", param)
+        raise bad_request(
+            "bad_prompt", f"{param} is a text, a list of texts, token ids or a list of lists of them", param
+        )
     if value and all(type(entry) is int for entry in value):
         value = [value]
     context.check_rows(len(value), param)
-    if all(isinstance(entry, str) for entry in value):
-        return context.encode(value, param, add_special_tokens=add_special_tokens)
+    texts = [entry for entry in value if isinstance(entry, str)]
+    if len(texts) == len(value):
+        return context.encode(texts, param, add_special_tokens=add_special_tokens)
     if all(isinstance(entry, list) for entry in value):
         return [context.ids(entry, f"{param}[{index}]") for index, entry in enumerate(value)]
     raise bad_request("bad_prompt", f"{param} mixes texts and token ids; all its entries are of one kind", param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -64,12 +65,17 @@ class Context:
         if name is None or name in self.names or "*" in self.names:
             return
         raise Refused(
-            404, "model_not_found", f"this server has no model {name!r}; it serves {', '.join(self.names)}", param="model"
+            404,
+            "model_not_found",
+            f"this server has no model {name!r}; it serves {', '.join(self.names)}",
+            param="model",
         )
 
     def task(self, config: TaskConfig, max_tokens: int | None = None) -> Task:
         """The task, checked against the tokenizer; kept for the next request. Raises TaskError."""
         limits = self.limits
+        if config.chat and config.chat_date is None:
+            config = replace(config, chat_date=datetime.date.today().isoformat())
         if max_tokens is not None:
             limits = replace(limits, max_request_tokens=min(max_tokens, limits.max_request_tokens))
         return self._tasks(config, limits)
@@ -77,7 +83,9 @@ class Context:
     @functools.cached_property
     def _tasks(self) -> Callable[[TaskConfig, EngineLimits], Task]:
         lock = threading.Lock()
-        build = functools.lru_cache(maxsize=_TASKS_KEPT)(lambda config, limits: build_task(config, self.tokenizer, limits))
+        build = functools.lru_cache(maxsize=_TASKS_KEPT)(
+            lambda config, limits: build_task(config, self.tokenizer, limits)
+        )
 
         def of(config: TaskConfig, limits: EngineLimits) -> Task:
             with lock:  # a task is built in milliseconds; two threads need not build the same one
@@ -87,7 +95,12 @@ class Context:
 
     def chat(self) -> ChatTemplate:
         """The model's chat template, with today's date."""
-        return ChatTemplate.of(self.tokenizer.chat_template, self.tokenizer.special_tokens)
+        return self._chats(datetime.date.today().isoformat())
+
+    @functools.cached_property
+    def _chats(self) -> Callable[[str], ChatTemplate]:
+        of, tokenizer = ChatTemplate.of, self.tokenizer
+        return functools.lru_cache(maxsize=1)(lambda date: of(tokenizer.chat_template, tokenizer.special_tokens, date))
 
     def check_rows(self, count: int, what: str) -> None:
         if not count:
@@ -124,7 +137,9 @@ class Context:
         rows = self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         for row in rows:
             if len(row) and int(row.max()) >= self.limits.vocab_size:
-                raise bad_request("bad_ids", f"{param} has a token that the model does not have: {int(row.max())}", param)
+                raise bad_request(
+                    "bad_ids", f"{param} has a token that the model does not have: {int(row.max())}", param
+                )
         return rows
 
 

@@ -97,7 +97,7 @@ class FairQueue:
         self._add(work.tenant, tokens)
 
     def take(self, max_tokens: float) -> list[Part]:
-        """Work of at most ``max_tokens``, or one request where even the first is larger. Skips what nobody waits for."""
+        """Work of at most ``max_tokens``, or one request where even the first is larger; not what was cancelled."""
         parts: list[Part] = []
         left = max_tokens
         while self._heap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import MoePrefillError, ModelError, PlanError, RowError, TaskError, UsageError, WorkerError
+from ..errors import ModelError, MoePrefillError, PlanError, RowError, TaskError, UsageError, WorkerError
 
 
 class Refused(MoePrefillError):

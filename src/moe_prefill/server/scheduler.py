@@ -79,7 +79,7 @@ class Call:
 class Scheduler:
     """Owns the engine. ``submit`` takes work in or refuses it; every work taken in gets exactly one reply.
 
-    ``observe`` is told of every finished call with its seconds. The thread is started with ``start``; tests call
+    ``observe`` is called with every finished call and its seconds. The thread is started with ``start``; tests call
     ``decide`` and ``run`` themselves.
     """
 
@@ -89,23 +89,29 @@ class Scheduler:
         policy: Policy,
         *,
         clock: Callable[[], float] = time.monotonic,
-        observe: Callable[[Call, float], None] = lambda call, seconds: None,
     ) -> None:
         self.engine = engine
         self.policy = policy
         self.pace = Pace()
         self.state: State = "starting"
+        self.observe: Callable[[Call, float], None] = lambda call, seconds: None
         self._clock = clock
-        self._observe = observe
         self._changed = threading.Condition()  # guards the queues and the state
         self._queues: dict[Lane, FairQueue] = {"interactive": FairQueue(), "batch": FairQueue()}
         self._running: Call | None = None
         self._thread = threading.Thread(target=self._live, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
-        self.state = "ready"
+        """Begin to serve, unless the server is being ended already."""
+        with self._changed:
+            if self.state != "starting":
+                return
+            self.state = "ready"
         self._thread.start()
+
+    @property
+    def _closed(self) -> bool:
+        return self.state == "closed"
 
     def queued(self, lane: Lane) -> tuple[int, int]:
         """Works and tokens that wait."""
@@ -163,7 +169,7 @@ class Scheduler:
             answers = [error] * len(requests)
             if isinstance(error, WorkerError):
                 self._fail()
-        self._observe(call, self._clock() - begin_s)
+        self.observe(call, self._clock() - begin_s)
         with self._changed:
             self._running = None
             self._changed.notify_all()
@@ -203,13 +209,13 @@ class Scheduler:
             self._thread.join()
 
     def _live(self) -> None:
-        while self.state != "closed":
+        while not self._closed:
             call = self.decide()
             if isinstance(call, Call):
                 self.run(call)
                 continue
             with self._changed:
-                if self.state != "closed" and (call is not None or not any(self._queues.values())):
+                if not self._closed and (call is not None or not any(self._queues.values())):
                     self._changed.wait(call)
 
     def _budget(self, lane: Lane) -> float:
@@ -258,7 +264,9 @@ class Scheduler:
 
     def _refuse(self, works: Sequence[Work]) -> None:
         for work in works:
-            work.resolve(unavailable("not_served", "the server stopped before it came to this request; send it again", 5))
+            work.resolve(
+                unavailable("not_served", "the server stopped before it came to this request; send it again", 5)
+            )
 
 
 def _deal(parts: Sequence[Part], answers: Answers) -> Iterator[tuple[Part, list[AtomicResult | Exception]]]:

@@ -272,14 +272,16 @@ def _structured(context: Context, body: _Sampling) -> tuple[int, ...] | None:
     if texts is None:
         return None
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise bad_request("bad_choice", "a structured choice is a list of texts that are not empty", "structured_outputs")
+        raise bad_request(
+            "bad_choice", "a structured choice is a list of texts that are not empty", "structured_outputs"
+        )
     _check_count(context, len(texts), "structured_outputs")
     ids = [context.tokenizer.encode_continuation(text).tolist() for text in texts]
     for text, tokens in zip(texts, ids, strict=True):
         if len(tokens) != 1:
             raise bad_request(
                 "choice_of_several_tokens",
-                f"the choice {text!r} has {len(tokens)} tokens; {_WHAT_THIS_IS}. /v1/classify scores labels of any length",
+                f"the choice {text!r} has {len(tokens)} tokens; {_WHAT_THIS_IS}. /v1/classify takes longer labels",
                 "structured_outputs",
             )
     chosen = [tokens[0] for tokens in ids]
@@ -321,7 +323,9 @@ def _content_text(message: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and content:
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         if all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
     raise bad_request("bad_messages", "the content of a message is a text, or a list of parts of type text", "messages")
@@ -349,7 +353,7 @@ def _echoed(tokenizer: Tokenizer, body: CompletionBody, questions: Sequence[Ques
 def _arrays(
     tokenizer: Tokenizer, ids: Int32Array, before: Sequence[Scored], token: Scored | None, count: int, echo: bool
 ) -> dict[str, list[Any]]:
-    """The four arrays, one entry a token: with echo the prompt's first (its first value null), then the generated one."""
+    """The four arrays, an entry a token: with echo the prompt (its first value null), then the generated token."""
     told = [*(before if echo else ()), *([token] if token is not None else ())]
     tokens = [tokenizer.token_string(scored.token) for scored in told]
     logprobs: list[float | None] = [scored.logprob for scored in told]

@@ -1,0 +1,206 @@
+"""From settings to a server that listens, and its end: drained on SIGTERM, at once on a second one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from ..config import EngineConfig
+from ..core import EngineLimits, ScoringEngine
+from ..errors import TaskError
+from ..tasks import ClassifyConfig, RankConfig, load_task_file
+from .app import HttpLimits, make_app
+from .context import Allowances, Context
+from .keys import Keys
+from .logs import set_up
+from .metrics import Metrics
+from .scheduler import Policy, Scheduler
+from .service import Service
+from .settings import ServerConfig
+from .warmup import warm_up
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+
+_log = logging.getLogger(__name__)
+_SWEEPS_QUEUED = 8
+_LAST_REPLIES_S = 5.0  # for replies that are being written when the queue is empty
+
+
+def serve(server: ServerConfig, engine: EngineConfig) -> None:
+    """Load the model and serve until SIGTERM. Raises what is wrong with settings and model before listening."""
+    from ..workers import build_scoring
+
+    set_up(server.log_level)
+    keys = Keys.read(server.api_keys)
+    context_of = prepare(server, engine)
+    scoring = build_scoring(engine)
+    try:
+        service, metrics = assemble(server, scoring, context_of(scoring.limits), keys)
+        Drained(server, service, metrics, keys).run()
+    finally:
+        scoring.close()
+
+
+class _ContextOf:
+    """A context but for the limits, which only the engine knows; tokenizer and tasks are checked before it loads."""
+
+    def __init__(self, server: ServerConfig, engine: EngineConfig) -> None:
+        self._names = server.served_model_name or model_names(engine.model)
+        self._tokenizer = read_tokenizer(server.tokenizer, engine)
+        self._rerank = _rerank_task(server.rerank_task)
+        self._classify = _classify_task(server.classify_task)
+        self._allow = Allowances(
+            max_rows=server.max_rows,
+            max_logprobs=server.max_logprobs,
+            max_label_ids=server.max_label_ids,
+            default_max_tokens=server.default_max_tokens,
+        )
+
+    def __call__(self, limits: EngineLimits) -> Context:
+        return Context(
+            tokenizer=self._tokenizer,
+            limits=limits,
+            names=self._names,
+            allow=self._allow,
+            rerank=self._rerank,
+            classify=self._classify,
+            created=int(time.time()),
+        )
+
+
+def prepare(server: ServerConfig, engine: EngineConfig) -> _ContextOf:
+    """Read tokenizer and tasks, and check the tasks against a model without bounds. Raises what is wrong."""
+    context_of = _ContextOf(server, engine)
+    huge = 2**31 - 1
+    context = context_of(EngineLimits(max_request_tokens=huge, max_sweep_tokens=huge, vocab_size=huge))
+    context.task(context.rerank)
+    if context.classify is not None:
+        context.task(context.classify)
+    return context_of
+
+
+def assemble(
+    server: ServerConfig, scoring: ScoringEngine, context: Context, keys: Keys | None
+) -> tuple[Service, Metrics]:
+    """Scheduler, service and metrics around an engine; nothing runs yet."""
+    max_tokens = server.max_queue_tokens or _SWEEPS_QUEUED * scoring.limits.max_sweep_tokens
+    policy = Policy(
+        max_queue_tokens=max(max_tokens, scoring.limits.max_request_tokens),
+        max_queue_requests=server.max_queue_requests,
+        max_wait_s=server.max_wait_ms / 1000,
+        max_sweep_s=server.max_sweep_s,
+        batch_sweep_s=server.batch_sweep_s,
+        tenant_share=server.tenant_share if keys is not None and keys.num_tenants > 1 else 1.0,
+    )
+    scheduler = Scheduler(scoring, policy)
+    return Service(context, scheduler, threads=server.tokenizer_threads), Metrics(scheduler)
+
+
+def model_names(model: str) -> tuple[str, ...]:
+    """What clients may call a model that was given as a hub id or a directory: all of it, or its last part."""
+    return tuple(dict.fromkeys((model, Path(model).name)))
+
+
+def read_tokenizer(tokenizer: str | None, engine: EngineConfig) -> Tokenizer:
+    from ..checkpoint import resolve_directory
+    from ..text import Tokenizer
+
+    source = tokenizer or engine.model
+    revision = engine.revision if source == engine.model else None
+    return Tokenizer.from_directory(resolve_directory(source, revision=revision, weights=False))
+
+
+def _rerank_task(path: str | None) -> RankConfig:
+    if path is None:
+        return RankConfig(candidates_column="documents", text_column="query")
+    config = load_task_file(path)
+    if not isinstance(config, RankConfig) or config.candidates_column is None:
+        raise TaskError(f"{path}: the server's rerank task is of kind rank and has a candidates_column")
+    return config
+
+
+def _classify_task(path: str | None) -> ClassifyConfig | None:
+    if path is None:
+        return None
+    config = load_task_file(path)
+    if not isinstance(config, ClassifyConfig):
+        raise TaskError(f"{path}: the server's classify task is of kind classify")
+    return config
+
+
+class Drained(uvicorn.Server):
+    """Warms up while it listens already, and drains on the first signal."""
+
+    def __init__(self, server: ServerConfig, service: Service, metrics: Metrics, keys: Keys | None) -> None:
+        limits = HttpLimits(payload_bytes=int(server.payload_limit_mib * 2**20), body_timeout_s=server.body_timeout_s)
+        app = make_app(service, metrics, keys, limits)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=server.host,
+                port=server.port,
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                http="h11",  # bounds the size of headers
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=int(_LAST_REPLIES_S),
+            )
+        )
+        self._server = server
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            self._tasks.append(self._loop.create_task(self._warm_up()))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        loop = self._loop
+        loop.call_soon_threadsafe(lambda: self._tasks.append(loop.create_task(self._drain())))
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await asyncio.to_thread(self._service.close)
+
+    async def _warm_up(self) -> None:
+        scheduler = self._service.scheduler
+        begin_s = time.monotonic()
+        try:
+            await asyncio.to_thread(
+                warm_up, scheduler.engine, scheduler.pace, self._server.warmup, self._server.max_sweep_s
+            )
+        except Exception as error:
+            _log.error("the warm-up failed: %s", error)
+            self.should_exit = True
+            return
+        scheduler.start()
+        _log.info("ready after %.1f s of warm-up", time.monotonic() - begin_s)
+
+    async def _drain(self) -> None:
+        seconds = self._server.drain_seconds
+        _log.info("draining for at most %.0f s", seconds)
+        left = await asyncio.to_thread(self._service.scheduler.drain, seconds)
+        _log.info("drained; %d requests were not served", left)
+        for _ in range(int(_LAST_REPLIES_S / 0.05)):
+            if not len(self._service.permits):
+                break
+            await asyncio.sleep(0.05)
+        self.should_exit = True
