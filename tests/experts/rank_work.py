@@ -122,10 +122,8 @@ def all_cases(ranks: Ranks, seeds: int) -> list[str]:
 def wrong_bytes(sweeps, converted: Converted, case: Case, ranks: Ranks, sweeps_made: int = 2) -> Iterator[str]:
     """Layers whose counters are not what their level says."""
     count = converted.spec.num_experts
-    sizes = [
-        len(shard_of(count, r, ranks.size)) * expert_record(converted.spec, "float32").num_bytes
-        for r in range(ranks.size)
-    ]
+    record = expert_record(converted.spec, str(converted.slots["embed"].dtype).removeprefix("torch."))
+    sizes = [len(shard_of(count, r, ranks.size)) * record.num_bytes for r in range(ranks.size)]
     mine, others = sizes[ranks.rank], {f"peer.{r}": n for r, n in enumerate(sizes) if r != ranks.rank}
     copied = {"local": mine, **others}
     wanted = {
