@@ -236,7 +236,7 @@ def test_what_is_refused_says_why(http, change, code):
 def test_an_unknown_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt", prompt="a", max_tokens=1)
-    assert [model.id for model in client.models.list()][0] == "demo"
+    assert next(model.id for model in client.models.list()) == "demo"
     assert client.models.retrieve("demo").id == "demo"
 
 

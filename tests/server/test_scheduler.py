@@ -40,7 +40,7 @@ def run_all(scheduler, clock):
 
 
 def test_the_oldest_goes_first_and_one_call_takes_what_is_there():
-    scheduler, clock, engine = scheduler_of(max_wait_s=0)
+    scheduler, clock, _engine = scheduler_of(max_wait_s=0)
     works = [work_of(10, seed=seed) for seed in range(5)]
     for work in works:
         scheduler.submit(work)
@@ -63,14 +63,14 @@ def test_a_call_waits_for_more_but_not_longer_than_it_may():
 
 
 def test_a_full_call_waits_for_nothing():
-    scheduler, clock, engine = scheduler_of(max_wait_s=10)
+    scheduler, _clock, engine = scheduler_of(max_wait_s=10)
     engine.limits = engine.limits.__class__(max_request_tokens=100, max_sweep_tokens=50, vocab_size=512)
     scheduler.submit(work_of(60))
     assert isinstance(scheduler.decide(), Call)
 
 
 def test_a_call_carries_what_the_engine_does_in_its_seconds():
-    scheduler, clock, engine = scheduler_of(max_wait_s=0, max_sweep_s=0.1)  # 100 tokens at 1000 a second
+    scheduler, clock, _engine = scheduler_of(max_wait_s=0, max_sweep_s=0.1)  # 100 tokens at 1000 a second
     scheduler.submit(work_of(50))
     run_all(scheduler, clock)
     for seed in range(10):

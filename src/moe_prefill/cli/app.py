@@ -24,6 +24,7 @@ from .fields import keyword, make_command, parameters_of
 from .flags import ENGINE_FLAGS, JOB_FLAGS, TASK_FLAGS, RunOptions
 from .plan import plan
 from .report import show_metrics
+from .run_batch import run_batch
 from .serve import api_key, serve
 
 EXIT_BUG = 70  # an error that is not the user's
@@ -119,6 +120,9 @@ app.command("plan")(plan)
 
 
 app.command("serve")(serve)
+
+
+app.command("run-batch")(run_batch)
 
 
 app.command("api-key")(api_key)

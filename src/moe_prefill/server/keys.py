@@ -34,6 +34,11 @@ class Keys:
         self._tenants = {bytes.fromhex(digest): Caller(name, _salt(name)) for digest, name in tenants.items()}
         self.num_tenants = len(set(tenants.values()))
 
+    @property
+    def salts(self) -> dict[str, str]:
+        """Tenant -> its salt."""
+        return {caller.tenant: caller.salt for caller in self._tenants.values()}
+
     @classmethod
     def read(cls, path: str | None) -> Keys | None:
         """Keys of a TOML file: [[keys]] with tenant and sha256. None without a file. Raises UsageError."""

@@ -16,6 +16,8 @@ from ..core import EngineLimits, ScoringEngine
 from ..errors import TaskError
 from ..tasks import ClassifyConfig, RankConfig, load_task_file
 from .app import HttpLimits, make_app
+from .batchroutes import add_batch_routes
+from .batchrunner import BatchRunner
 from .context import Allowances, Context
 from .keys import Keys
 from .logs import set_up
@@ -23,6 +25,7 @@ from .metrics import Metrics
 from .scheduler import Policy, Scheduler
 from .service import Service
 from .settings import ServerConfig
+from .store import Store
 from .warmup import warm_up
 
 if TYPE_CHECKING:
@@ -141,6 +144,10 @@ class Drained(uvicorn.Server):
     def __init__(self, server: ServerConfig, service: Service, metrics: Metrics, keys: Keys | None) -> None:
         limits = HttpLimits(payload_bytes=int(server.payload_limit_mib * 2**20), body_timeout_s=server.body_timeout_s)
         app = make_app(service, metrics, keys, limits)
+        self._runner: BatchRunner | None = None
+        if server.data_dir is not None:
+            self._runner = BatchRunner(Store(Path(server.data_dir)), service, keys.salts if keys is not None else {})
+            add_batch_routes(app, self._runner, int(server.file_limit_mib * 2**20))
         super().__init__(
             uvicorn.Config(
                 app,
@@ -167,6 +174,8 @@ class Drained(uvicorn.Server):
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             self._tasks.append(self._loop.create_task(self._warm_up()))
+            if self._runner is not None:
+                self._tasks.append(self._loop.create_task(self._runner.run()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining or self._loop is None:
@@ -178,7 +187,12 @@ class Drained(uvicorn.Server):
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().shutdown(sockets)  # type: ignore[arg-type]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._service.close)
+        if self._runner is not None:
+            self._runner.store.close()
 
     async def _warm_up(self) -> None:
         scheduler = self._service.scheduler
