@@ -7,11 +7,11 @@ now. Rules that hold requests back say how much a worker may have; the others ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..blocks import BLOCK_TOKENS, Digest, held_blocks
-from .costs import RequestCosts
+from .costs import Cost, RequestCosts
 from .queues import Fifo, LookAhead, Queue, ShortestFirst
 from .siblings import SIBLING_BLOCKS
 from .ticket import Ticket
@@ -168,14 +168,16 @@ class Extensions:
     """What goes beyond the paper's rule; each can be switched off.
 
     ``look_ahead``: siblings in the queue are brought together; ``long_first``: groups with long requests first.
-    ``memory_bound``: a worker takes work up to a full sweep instead of T. ``spill``: a worker that would be done
-    later than all workers on average is passed over, even where it has the prefix. ``close_tokens``: matches that
-    differ by less are alike, and the predicted time until the worker is done decides.
+    ``memory_bound``: a worker takes work up to a full sweep instead of T. ``together``: where it has a prefix it may go
+    beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``: a
+    worker that would be done later than all workers on average is passed over, even where it has the prefix.
+    ``close_tokens``: matches that differ by no more are alike, and the predicted time until the worker is done decides.
     """
 
     look_ahead: bool = True
     long_first: bool = True
     memory_bound: bool = True
+    together: int = 2
     spill: bool = True
     close_tokens: int = 2 * BLOCK_TOKENS
 
@@ -197,10 +199,9 @@ class Ours:
         self._limit = limits.full if on.memory_bound else limits.saturated
 
     def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
-        below = [w for w in workers if w.load.flops < self._limit]
-        if not below:
+        options = self._options(ticket, workers)
+        if not options:
             return None
-        options = self._options(ticket, below)
         if self.extensions.spill:
             done_ns = (sum(w.load.ns for w in workers) + self.queue.remaining_ns) / len(workers)
             in_time = [option for option in options if option.done_ns <= done_ns]
@@ -215,13 +216,16 @@ class Ours:
         pass
 
     def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
-        cost_ns: dict[int, int] = {}
+        """Those who may take it."""
+        costs: dict[int, Cost] = {0: self._costs.of(ticket, 0)}
         options = []
         for worker in workers:
             blocks = _blocks(worker, ticket)
-            if blocks not in cost_ns:
-                cost_ns[blocks] = self._costs.of(ticket, BLOCK_TOKENS * blocks).ns
-            options.append(_Option(worker, blocks, worker.load.ns + cost_ns[blocks]))
+            if blocks not in costs:
+                costs[blocks] = self._costs.of(ticket, BLOCK_TOKENS * blocks)
+            saved = costs[0].flops - costs[blocks].flops
+            if worker.load.flops < self._limit + self.extensions.together * saved:
+                options.append(_Option(worker, blocks, worker.load.ns + costs[blocks].ns))
         return options
 
 
@@ -231,7 +235,7 @@ class _Option:
 
     worker: Worker
     blocks: int
-    done_ns: int = field(default=0)
+    done_ns: int
 
 
 def _blocks(worker: Worker, ticket: Ticket) -> int:
