@@ -20,7 +20,7 @@ from .worker import Worker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """FLOPs of one sweep: ``saturated`` is T, ``full`` those of a sweep at the memory bound."""
+    """FLOPs that a worker is given: ``saturated`` is T, ``full`` fill sweeps up to the memory bound."""
 
     saturated: int
     full: int
@@ -168,9 +168,9 @@ class Extensions:
     """What goes beyond the paper's rule; each can be switched off.
 
     ``look_ahead``: siblings in the queue are brought together; ``long_first``: groups with long requests first.
-    ``memory_bound``: a worker takes work up to a full sweep instead of T. ``together``: where it has a prefix it may go
-    beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``: a
-    worker that would be done later than all workers on average is passed over, even where it has the prefix.
+    ``memory_bound``: a worker takes work up to ``Limits.full`` instead of T. ``together``: where it has a prefix it may
+    go beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``:
+    a worker that would be done later than all workers on average is passed over, even where it has the prefix.
     ``close_tokens``: matches that differ by no more are alike, and the predicted time until the worker is done decides.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from ..blocks import common_blocks
@@ -22,12 +22,10 @@ class Siblings:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, ticket: Ticket) -> None:
-        insort(self._keys, _key(ticket))
-
     def add_all(self, tickets: Sequence[Ticket]) -> None:
-        self._keys += map(_key, tickets)
-        self._keys.sort()
+        if tickets:
+            self._keys += map(_key, tickets)
+            self._keys.sort()
 
     def remove(self, tickets: Sequence[Ticket]) -> None:
         """Take out these, all of which are here."""
