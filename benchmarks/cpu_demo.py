@@ -109,24 +109,23 @@ class Peer:
             out.append(logits[:, -1, self.ids].float().numpy())
         return np.concatenate(out)
 
-    def tune(self, work: Callable[[], Any], batches: Sequence[int]) -> str:
-        """Every experts implementation at a middle batch size, then every size with the best; keep the fastest."""
-        found: dict[tuple[str, int], float] = {}
+    def tune(self, work: Callable[[int], Any], batches: Sequence[int]) -> str:
+        """The experts implementation by a few prompts, then the batch size by more of them; ``work`` takes how many.
 
-        def attempt(experts: str, batch: int) -> None:
-            self.experts, self.batch = experts, batch
-            took = seconds(work)
-            if took < 2 * min(found.values(), default=took):
-                took = min(took, seconds(work), seconds(work))
-            found[(experts, batch)] = took
-
+        An implementation twice as slow as another there is no candidate: one of them gathers a matrix a row.
+        """
+        few = {}
         for experts in EXPERTS:
-            attempt(experts, batches[len(batches) // 2])
-        best, _ = min(found, key=lambda setting: found[setting])
-        for batch in batches:
-            attempt(best, batch)
+            self.experts, self.batch = experts, 2
+            took = seconds(lambda: work(2))
+            few[experts] = took if took > 2 * min(few.values(), default=took) else min(took, seconds(lambda: work(2)))
+        found = {}
+        for experts in (name for name in EXPERTS if few[name] <= 2 * min(few.values())):
+            for batch in batches:
+                self.experts, self.batch = experts, batch
+                found[(experts, batch)] = min(seconds(lambda: work(24)), seconds(lambda: work(24)))
         self.experts, self.batch = min(found, key=lambda setting: found[setting])
-        return f"experts {self.experts}, batch {self.batch}, of {len(found)} settings tried"
+        return f"experts {self.experts}, batch {self.batch}; of {len(EXPERTS)} implementations, batches {batches}"
 
 
 def alternate(a: Callable[[], Any], b: Callable[[], Any], runs: int) -> tuple[float, float]:
@@ -157,15 +156,15 @@ def measure(precision: str, threads: int, mails: int, families: int, runs: int) 
     peer = Peer(dtype, ids)
     prompts = mail_prompts(plain, mails)
     tokens = sum(len(p) for p in prompts)
-    setting = peer.tune(lambda: peer.padded(prompts[:32]), (1, 2, 4, 8, 16))
+    setting = peer.tune(lambda count: peer.padded(prompts[:count]), (1, 4, 8, 16))
     difference = agree(ours(plain, prompts, ids), peer.padded(prompts))
     mine, theirs = alternate(lambda: ours(plain, prompts, ids), lambda: peer.padded(prompts), runs)
     print(f"{precision}: no sharing {tokens / mine:.0f} against {tokens / theirs:.0f} tokens/s ({setting})", flush=True)
     groups = sibling_prompts(plain.tokenizer.vocab_size, families)
     flat = [tokens for family in groups for tokens in family]
-    sibling_setting = peer.tune(lambda: peer.padded(flat[: 2 * SIBLINGS]), (1, 2, 4, 8, 16))
+    sibling_setting = peer.tune(lambda count: peer.padded(flat[:count]), (1, 4, 8, 16))
     my_8, their_8 = alternate(lambda: ours(sharing, flat, ids), lambda: peer.padded(flat), runs)
-    cache_setting = peer.tune(lambda: peer.cached(groups[:2]), (SIBLINGS,))
+    cache_setting = peer.tune(lambda count: peer.cached(groups[: max(1, count // SIBLINGS)]), (SIBLINGS,))
     difference_8 = agree(ours(sharing, flat, ids), peer.cached(groups))
     my_again, their_cache = alternate(lambda: ours(sharing, flat, ids), lambda: peer.cached(groups), runs)
     return {
