@@ -33,7 +33,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(make_service):
 
 def test_the_compose_file_names_settings_that_there_are():
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["scoring"]
-    environment = {name: "1" for name in service["environment"]}
+    environment = dict.fromkeys(service["environment"], "1")
     server, engine = read_settings({}, {**environment, "MOE_PREFILL_PORT": "8000"}, None)
     assert (server.api_keys, engine.model) == ("1", "1")
     assert int(service["stop_grace_period"].removesuffix("s")) > server.drain_seconds

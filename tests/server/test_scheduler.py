@@ -79,6 +79,27 @@ def test_a_call_carries_what_the_engine_does_in_its_seconds():
     assert [call.tokens for call in calls] == [90, 90, 90, 30]
 
 
+def test_small_calls_do_not_make_calls_small():
+    """A call of one short request takes as long as a hundred of them: its rate is no bound."""
+
+    class Slow(FakeEngine):
+        def score(self, requests):
+            self._clock.now_s += 0.05
+            return super().score(requests)
+
+    clock = Clock()
+    engine = Slow(clock=clock, tokens_per_s=10_000.0)
+    scheduler, clock, engine = scheduler_of(clock, engine, max_wait_s=0, max_sweep_s=1.0, max_queue_tokens=10**6)
+    for seed in range(20):
+        scheduler.submit(work_of(10, seed=seed))
+        run_all(scheduler, clock)
+    for seed in range(400):
+        scheduler.submit(work_of(200, seed=seed))
+    sizes = [call.tokens for call in run_all(scheduler, clock)]
+    assert max(sizes) == pytest.approx(9500, rel=0.05), "0.05 s and 9500 tokens make one second"
+    assert len(sizes) < 15
+
+
 def test_work_larger_than_a_call_is_cut_and_answered_once_in_its_order():
     scheduler, clock, engine = scheduler_of(max_wait_s=0, max_sweep_s=0.1)
     scheduler.submit(work_of(50))

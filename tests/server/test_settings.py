@@ -94,12 +94,12 @@ def test_keys_are_read_by_their_hashes(file_of):
 
 
 def test_the_warm_up_computes_the_largest_call_and_learns_the_pace():
-    engine, pace = FakeEngine(max_request=300), Pace()
-    warm_up(engine, pace, "limit", 0.001)
+    engine, pace = FakeEngine(max_request=300), Pace(0.001)
+    warm_up(engine, [pace], "limit")
     assert max(len(request.tokens) for call in engine.calls for request in call) == 300
     assert pace.tokens_per_s > 0
     count = len(engine.calls)
-    warm_up(engine, pace, "off", 1.0)
+    warm_up(engine, [pace], "off")
     assert len(engine.calls) == count
 
 
@@ -107,4 +107,4 @@ def test_a_warm_up_that_fails_is_an_error():
     engine = FakeEngine()
     engine._one = lambda request: RowError("too_long", "no room")
     with pytest.raises(PlanError, match="no room"):
-        warm_up(engine, Pace(), "small", 1.0)
+        warm_up(engine, [Pace(1.0)], "small")

@@ -125,7 +125,9 @@ class _Engine(Collector):
             mfu = stats["flops"] / stats["busy_s"] / peak
             yield GaugeMetricFamily("moe_prefill_mfu", "Model FLOPs utilisation while busy.", value=mfu)
         if scheduler.pace.tokens_per_s is not None:
-            yield GaugeMetricFamily("moe_prefill_tokens_per_second", "Lately.", value=scheduler.pace.tokens_per_s)
+            yield GaugeMetricFamily(
+                "moe_prefill_tokens_per_second", "In full calls.", value=scheduler.pace.tokens_per_s
+            )
         waiting = GaugeMetricFamily("moe_prefill_queue_requests", "Requests that wait.", labels=["lane"])
         tokens = GaugeMetricFamily("moe_prefill_queue_tokens", "Tokens that wait.", labels=["lane"])
         for lane in _LANES:

@@ -198,9 +198,7 @@ class Drained(uvicorn.Server):
         scheduler = self._service.scheduler
         begin_s = time.monotonic()
         try:
-            await asyncio.to_thread(
-                warm_up, scheduler.engine, scheduler.pace, self._server.warmup, self._server.max_sweep_s
-            )
+            await asyncio.to_thread(warm_up, scheduler.engine, scheduler.paces.values(), self._server.warmup)
         except Exception as error:
             _log.error("the warm-up failed: %s", error)
             self.should_exit = True

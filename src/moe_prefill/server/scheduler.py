@@ -39,20 +39,26 @@ class Policy:
 
 
 class Pace:
-    """Tokens a second that the engine has computed lately: an average in which each call counts by its time."""
+    """How many tokens a call may carry to take ``call_s`` seconds, by what calls took so far.
 
-    def __init__(self, memory_s: float = 20.0) -> None:
-        self._memory_s = memory_s
-        self._tokens = self._seconds = 0.0
+    A call's time is some fixed part and some part for each token, so what a smaller call promises is too little:
+    it may raise the number, and only a call of about that size may lower it.
+    """
+
+    def __init__(self, call_s: float) -> None:
+        self.call_s = call_s
+        self.call_tokens: float | None = None  # None: nothing was measured
 
     @property
     def tokens_per_s(self) -> float | None:
-        return self._tokens / self._seconds if self._seconds > 0 else None
+        return None if self.call_tokens is None else self.call_tokens / self.call_s
 
     def add(self, tokens: int, seconds: float) -> None:
-        keep = math.exp(-seconds / self._memory_s)
-        self._tokens = self._tokens * keep + tokens
-        self._seconds = self._seconds * keep + seconds
+        estimate = max(1.0, tokens * self.call_s / max(seconds, 1e-6))
+        if self.call_tokens is None:
+            self.call_tokens = estimate
+        elif estimate >= self.call_tokens or tokens >= self.call_tokens / 2:
+            self.call_tokens = min(estimate, 4 * self.call_tokens)  # one odd call does not open the gates
 
     def seconds(self, tokens: float) -> float:
         """Predicted time of that many tokens; 0 before anything was measured."""
@@ -92,7 +98,10 @@ class Scheduler:
     ) -> None:
         self.engine = engine
         self.policy = policy
-        self.pace = Pace()
+        self.paces: dict[Lane, Pace] = {
+            "interactive": Pace(policy.max_sweep_s),
+            "batch": Pace(policy.batch_sweep_s),
+        }
         self.state: State = "starting"
         self.observe: Callable[[Call, float], None] = lambda call, seconds: None
         self._clock = clock
@@ -123,6 +132,11 @@ class Scheduler:
         """When the present queue will be done, whole seconds from 1 to 60."""
         tokens = sum(queue.tokens for queue in self._queues.values())
         return min(60, max(1, math.ceil(self.pace.seconds(tokens))))
+
+    @property
+    def pace(self) -> Pace:
+        """That of interactive calls."""
+        return self.paces["interactive"]
 
     def submit(self, work: Work, lane: Lane = "interactive") -> None:
         """Take work in. Raises Refused: 429 when the queue is full, 503 when the server drains or the engine is lost.
@@ -163,7 +177,7 @@ class Scheduler:
         try:
             answers = self.engine.score(requests)
             assert len(answers) == len(requests), (len(answers), len(requests))
-            self.pace.add(call.tokens, self._clock() - begin_s)
+            self.paces[call.lane].add(call.tokens, self._clock() - begin_s)
         except Exception as error:  # whatever it is, nobody may wait for ever
             _log.error("a call of %d requests failed: %s", len(requests), error, exc_info=True)
             answers = [error] * len(requests)
@@ -220,9 +234,8 @@ class Scheduler:
 
     def _budget(self, lane: Lane) -> float:
         """Tokens of one call. Before anything was measured, one sweep's."""
-        seconds = self.policy.max_sweep_s if lane == "interactive" else self.policy.batch_sweep_s
-        rate = self.pace.tokens_per_s
-        return float(self.engine.limits.max_sweep_tokens) if rate is None else rate * seconds
+        tokens = self.paces[lane].call_tokens
+        return float(self.engine.limits.max_sweep_tokens) if tokens is None else tokens
 
     def _check_state(self) -> None:
         if self.state == "starting":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import numpy as np
 
@@ -13,10 +14,11 @@ from .settings import Warmup
 
 _SMALL = 64  # tokens
 _ROW = 512  # tokens of a row where a call is filled with them
+_ROUNDS = 4  # in which the size of calls settles: the first estimates come from small calls
 
 
-def warm_up(engine: ScoringEngine, pace: Pace, mode: Warmup, max_sweep_s: float) -> None:
-    """Compute a small call, and with "limit" the longest request and a call as large as calls will be.
+def warm_up(engine: ScoringEngine, paces: Collection[Pace], mode: Warmup) -> None:
+    """Compute a small call, and with "limit" the longest request and calls as large as calls will be.
 
     Raises PlanError when a request fails: nothing that clients send would succeed.
     """
@@ -24,17 +26,22 @@ def warm_up(engine: ScoringEngine, pace: Pace, mode: Warmup, max_sweep_s: float)
         return
     limits = engine.limits
     small = min(_SMALL, limits.max_request_tokens)
-    for _ in range(2):  # the first call also compiles and allocates
-        _compute(engine, pace, [small], measure=False)
-    _compute(engine, pace, [small] * 8, measure=True)
+    for _ in range(2):  # the first calls also compile and allocate
+        _compute(engine, [small])
+    seconds = _compute(engine, [small] * 8)
+    for pace in paces:
+        pace.add(small * 8, seconds)
     if mode == "limit":
-        _compute(engine, pace, [limits.max_request_tokens], measure=True)
+        _compute(engine, [limits.max_request_tokens])
         row = min(_ROW, limits.max_request_tokens)
-        tokens = (pace.tokens_per_s or 0.0) * max_sweep_s
-        _compute(engine, pace, [row] * max(1, int(tokens / row)), measure=True)
+        for pace in paces:
+            for _ in range(_ROUNDS):
+                rows = max(1, int((pace.call_tokens or 0) / row))
+                pace.add(rows * row, _compute(engine, [row] * rows))
 
 
-def _compute(engine: ScoringEngine, pace: Pace, lengths: list[int], *, measure: bool) -> None:
+def _compute(engine: ScoringEngine, lengths: list[int]) -> float:
+    """Seconds of one call."""
     draw = np.random.default_rng(len(lengths))
     vocab_size = engine.limits.vocab_size
     requests = [
@@ -44,5 +51,4 @@ def _compute(engine: ScoringEngine, pace: Pace, lengths: list[int], *, measure: 
     for answer in engine.score(requests):
         if isinstance(answer, Exception):
             raise PlanError(f"the warm-up failed with requests of {max(lengths)} tokens: {answer}") from answer
-    if measure:
-        pace.add(sum(lengths), time.monotonic() - begin_s)
+    return time.monotonic() - begin_s
