@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import openai
 import pytest
 
 from moe_prefill.errors import InputError, OutputError, UsageError
-from moe_prefill.server import runbatch
+from moe_prefill.server import batchrunner, runbatch
 from moe_prefill.server.app import HttpLimits, make_app
 from moe_prefill.server.batchroutes import add_batch_routes
 from moe_prefill.server.batchrunner import BatchRunner
@@ -295,6 +296,31 @@ def test_a_batch_can_be_cancelled_and_keeps_what_it_has(tmp_path, make_service, 
             assert (await client.batches.cancel(batch.id)).status == "cancelled"
 
     asyncio.run(go())
+
+
+def test_a_full_disk_stops_a_batch_until_there_is_room(tmp_path, make_service, monkeypatch):
+    append, refusals = batchrunner._append, []
+
+    def full(path, end, lines):
+        if lines and len(refusals) < 2:
+            refusals.append(path)
+            with path.open("ab") as file:
+                file.write(lines[0][:10])  # what still fitted
+            raise OSError(errno.ENOSPC, "no space left")
+        return append(path, end, lines)
+
+    monkeypatch.setattr(batchrunner, "_append", full)
+    monkeypatch.setattr(batchrunner, "_PAUSE_S", 0.01)
+
+    async def go():
+        async with served(tmp_path / "data", make_service()) as http:
+            client = sdk(http)
+            batch = await ended(client, (await start(client, list(map(line, range(5))))).id)
+            text = (await client.files.content(batch.output_file_id)).text
+            assert [json.loads(one)["custom_id"] for one in text.splitlines()] == list("01234")
+
+    asyncio.run(go())
+    assert len(refusals) == 2
 
 
 def test_another_tenant_sees_nothing(tmp_path, make_service):
