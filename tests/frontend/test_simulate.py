@@ -1,0 +1,140 @@
+"""Virtual time: the promises of the router, seen over whole runs."""
+
+import random
+
+import numpy as np
+import pytest
+
+from moe_prefill.costmodel import Batch, Rows, predict_sweep
+from moe_prefill.frontend import POLICIES, make_policy
+from moe_prefill.residency import bank_bytes
+from moe_prefill.simulate import SweepTimer, oracle_saved_tokens, simulate
+from tests.frontend.helpers import families, machine, rng_tokens, tickets
+
+
+def run(made, policy="ours", workers=4, watch=None, **changes):
+    it = machine(**changes)
+    return simulate(made, it, workers, make_policy(policy, it.costs, it.limits), watch=watch)
+
+
+def mixed(seed=0, groups=40):
+    rng = np.random.default_rng(seed)
+    return families(rng, groups, 5, 160, 40) + [rng_tokens(rng, n) for n in rng.integers(20, 900, 60)]
+
+
+@pytest.mark.parametrize("levels", ["resident", "offloaded", "hybrid"])
+def test_the_timer_gives_the_seconds_of_the_cost_model(levels):
+    it = machine(levels=(levels,) * 3, bank_bytes=bank_bytes(machine().spec, "float32"), depth=2, ranks=2)
+    batch = Batch(Rows.of([0, 50, 50], [50, 20, 30]), Rows.of([69, 79], 1), 2, 4)
+    mine = SweepTimer(it).time(batch)
+    theirs = predict_sweep(
+        it.spec, batch, it.profile, precision="float32", levels=it.levels, bank_bytes=it.bank_bytes, depth=2, ranks=2
+    )
+    assert mine.compute_s == pytest.approx(theirs.compute_s)
+    assert (mine.exposed_s, mine.exposed_first_s) == pytest.approx((theirs.exposed_s, theirs.exposed_first_s))
+    assert mine.flops == theirs.flops
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_is_answered_once_and_the_books_are_balanced(policy):
+    made = tickets(mixed(), np.sort(np.random.default_rng(1).integers(0, 4, 260) / 100))
+    last = {}
+
+    def watch(simulation):
+        last["it"] = simulation
+
+    outcome = run(made, policy, watch=watch)
+    assert sorted(outcome.order) == list(range(len(made)))
+    assert outcome.prompt_tokens == sum(t.num_tokens for t in made)
+    assert outcome.computed_tokens <= outcome.prompt_tokens
+    for worker, real in zip(last["it"].frontend.workers, last["it"].workers, strict=True):
+        assert (worker.load.flops, worker.load.ns, worker.load.tokens) == (0, 0, 0)
+        assert worker.table.audit(list(real.pool._slots)) == []
+        assert not worker.table.oddities
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_requests_give_the_same_run(policy):
+    made = tickets(mixed(), np.arange(260) // 60 / 50)
+    first, second = run(made, policy), run(made, policy)
+    assert first == second
+
+
+def test_the_plan_of_a_burst_does_not_depend_on_the_order_within_it():
+    """Up to ties: the requests are the same, and each gets the same worker whatever place it has in the list."""
+    sequences = mixed()
+    order = list(range(len(sequences)))
+    random.Random(3).shuffle(order)
+    one, other = run(tickets(sequences)), run(tickets([sequences[i] for i in order]))
+    assert one.computed_tokens == pytest.approx(other.computed_tokens, rel=0.02)
+    assert one.makespan_s == pytest.approx(other.makespan_s, rel=0.05)
+
+
+def test_work_is_shared_and_even_and_ours_is_the_fastest():
+    made = tickets(mixed(groups=120))
+    oracle = oracle_saved_tokens(made)
+    outcomes = {policy: run(made, policy) for policy in POLICIES}
+    ours = outcomes["ours"]
+    assert ours.prompt_tokens - ours.computed_tokens >= 0.98 * oracle
+    assert all(ours.tokens_per_s >= 0.995 * other.tokens_per_s for other in outcomes.values())
+    assert ours.imbalance < 1.1, "of some seven sweeps a worker"
+
+
+def test_one_hot_prefix_does_not_pin_all_work_to_one_worker():
+    outcome = run(tickets(families(np.random.default_rng(0), 1, 400, 320, 40)))
+    assert set(outcome.worker_of) == {0, 1, 2, 3}
+    assert outcome.imbalance < 1.1
+
+
+def test_a_few_requests_behind_one_prefix_use_idle_workers():
+    outcome = run(tickets(families(np.random.default_rng(0), 1, 8, 64, 200)))
+    assert len(set(outcome.worker_of)) == 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_idle_worker_never_waits_while_work_is_queued(policy):
+    idle = []
+
+    def watch(simulation):
+        if simulation.frontend.queued:
+            idle.extend(w.index for w in simulation.workers if w.running is None)
+
+    arrivals = np.sort(np.random.default_rng(1).integers(0, 20, 260) / 100)
+    run(tickets(mixed(), arrivals), policy, watch=watch)
+    assert not idle
+
+
+def test_a_burst_after_idling_recovers_in_one_round():
+    rng = np.random.default_rng(0)
+    made = tickets([rng_tokens(rng, 200)] + [rng_tokens(rng, 200) for _ in range(80)], [0.0] + [100.0] * 80)
+    busy = []
+
+    def watch(simulation):
+        if simulation.now_s == 100.0:
+            busy.append([w.running is not None for w in simulation.workers])
+
+    run(made, watch=watch)
+    assert busy == [[True] * 4]
+
+
+def test_no_request_is_overtaken_by_more_than_two_fillings_of_the_queue():
+    """A short lonely request among an endless stream of long siblings, which ours prefers."""
+    rng = np.random.default_rng(0)
+    shared = rng_tokens(rng, 200)
+    stream = [np.concatenate([shared, rng_tokens(rng, 200)]) for _ in range(600)]
+    stream[50] = rng_tokens(rng, 20)
+    made, most = tickets(stream, np.arange(600) / 2000), []
+    given = run(made, workers=1, watch=lambda simulation: most.append(simulation.frontend.queued))
+    overtook = [id for id in given.order[: given.order.index(50)] if id > 50]
+    assert max(most) > 100, "the worker does not keep up"
+    assert len(overtook) <= 2 * max(most)
+    assert len(overtook) < 400
+
+
+def test_wakes_do_not_pile_up_while_less_than_t_waits():
+    rng = np.random.default_rng(0)
+    made = tickets([rng_tokens(rng, 20) for _ in range(30)], np.arange(30) / 10000)
+    rounds = []
+    outcome = run(made, workers=1, max_wait_s=0.002, watch=rounds.append)
+    assert outcome.latency_s[0] >= 0.002
+    assert len(rounds) < 200
