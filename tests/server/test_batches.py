@@ -408,7 +408,7 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
     process, url = begin()
     try:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            lines = [line(index, {"prompt": f"{index}", "max_tokens": 1}) for index in range(1000)]
+            lines = [line(index, {"prompt": f"{index}", "max_tokens": 1}) for index in range(600)]
             upload = client.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch")
             batch = client.batches.create(input_file_id=upload.id, endpoint="/v1/completions", completion_window="24h")
             while client.batches.retrieve(batch.id).request_counts.completed == 0:
@@ -418,12 +418,12 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
         process, url = begin()
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             before = client.batches.retrieve(batch.id)
-            assert 0 < before.request_counts.completed < 1000
+            assert 0 < before.request_counts.completed < 600
             assert client.completions.create(model="demo", prompt="a", max_tokens=1).choices[0].text
             while client.batches.retrieve(batch.id).status != "completed":
                 time.sleep(0.05)
             text = client.files.content(client.batches.retrieve(batch.id).output_file_id).text
-        assert [json.loads(one)["custom_id"] for one in text.splitlines()] == [str(index) for index in range(1000)]
+        assert [json.loads(one)["custom_id"] for one in text.splitlines()] == [str(index) for index in range(600)]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:

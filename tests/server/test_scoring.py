@@ -1,5 +1,6 @@
 """Every scoring endpoint beside what ``Engine`` answers in this process."""
 
+import httpx
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ from moe_prefill.core import AtomicRequest
 from moe_prefill.tasks import load_task_file
 
 from .conftest import ROOT
+from .helpers import FakeEngine, listening
 
 QUERY = "Is this mail wanted?"
 DOCUMENTS = ["Subject: lunch at noon", "You won a prize, click here", "The minutes of our meeting"]
@@ -222,7 +224,16 @@ def test_what_is_refused_says_why(http, path, body, status):
     assert len(reply.text) < 1000
 
 
-def test_long_documents_are_cut_when_asked(http):
-    body = {"query": "a", "documents": ["word " * 9000, "b"], "truncate_prompt_tokens": -1}
-    assert len(post(http, "/rerank", body)["results"]) == 2
-    assert len(post(http, "/rerank", {"query": "a", "texts": ["word " * 9000], "truncate": True})) == 1
+def test_long_documents_are_cut_when_asked(make_service, tokenizer):
+    service = make_service(FakeEngine(max_request=100, vocab_size=tokenizer.vocab_size))
+    long = "word " * 900
+    with listening(service) as base, httpx.Client(base_url=base) as http:
+        assert http.post("/rerank", json={"query": "a", "documents": [long]}).status_code == 400
+        body = {"query": "a", "documents": [long, "b"], "truncate_prompt_tokens": -1}
+        assert len(post(http, "/rerank", body)["results"]) == 2
+        for side in ("left", "Right"):
+            body = {"query": "a", "texts": [long], "truncate": True, "truncation_direction": side}
+            assert len(post(http, "/rerank", body)) == 1
+        capped = post(http, "/v2/rerank", {"query": "a", "documents": [long], "max_tokens_per_doc": 5})
+    assert max(len(request.tokens) for call in service.scheduler.engine.calls for request in call) == 100
+    assert capped["results"][0]["document"]["text"] == "word " * 4 + "word"

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoints import ENDPOINTS, Endpoint
 from .keys import ANYONE, Caller, Keys
@@ -40,7 +40,7 @@ _PAGE_HEADERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
-    """Of one request: bytes of its body, and seconds in which all of it must arrive."""
+    """Of one request: bytes of its body, and seconds in which all of it must arrive and its reply be taken."""
 
     payload_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
@@ -164,6 +164,7 @@ def make_app(service: Service, metrics: Metrics, keys: Keys | None, limits: Http
     _add_model_routes(app, door)
     _add_operation_routes(app, door)
     app.add_exception_handler(HTTPException, _not_ours)
+    app.add_middleware(SlowReaders, seconds=limits.body_timeout_s)
     describe(app, ENDPOINTS)
     return app
 
@@ -246,6 +247,21 @@ def _add_operation_routes(app: FastAPI, door: Door) -> None:
     @app.get("/", summary="The status page.", include_in_schema=False)
     async def page(request: Request) -> Response:
         return shown(request, lambda: Response(_PAGE.read_bytes(), headers=_PAGE_HEADERS, media_type="text/html"))
+
+
+class SlowReaders:
+    """Closes the connection of a client that does not take its reply in time, which would keep it in memory."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            async with asyncio.timeout(self._seconds):
+                await send(message)
+
+        await self._app(scope, receive, timely)
 
 
 def _state(status: int, state: str) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 import types
 import typing
@@ -52,7 +53,7 @@ def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "
     if kind not in CONFIGS:
         raise TaskError(f"{source}: unknown task {kind!r}; it is one of {', '.join(CONFIGS)}")
     config = CONFIGS[kind]
-    known = typing.get_type_hints(config)
+    known = _hints(kind)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise TaskError(
@@ -70,6 +71,11 @@ def load_task_file(path: str | Path) -> TaskConfig:
     """``read_task_file`` and ``config_from_mapping`` in one."""
     kind, values = read_task_file(path)
     return config_from_mapping(kind, values, str(path))
+
+
+@functools.cache  # a server reads the same ones for every request
+def _hints(kind: str) -> Mapping[str, object]:
+    return typing.get_type_hints(CONFIGS[kind])
 
 
 def _is_required(field: dataclasses.Field[object]) -> bool:
