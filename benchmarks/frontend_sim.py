@@ -98,7 +98,7 @@ def main() -> None:
             )
             print(json.dumps(cells[-1]), flush=True)
             _write(options.out, {**report, "cells": cells})
-    report["tables"] = _table_memory()
+    report["tables"] = _table_memory(options.table_blocks)
     _write(options.out, {**report, "cells": cells})
     Path(options.out).with_suffix(".svg").write_text(_plot(cells), encoding="utf-8")
     print(json.dumps({"cells": len(cells), "routing": report.get("routing"), "tables": report["tables"]}))
@@ -112,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--kv-gib", type=float, nargs="+", default=[12, 0])
+    parser.add_argument("--table-blocks", type=int, default=1_000_000)
     parser.add_argument("--profile")
     return parser.parse_args()
 
@@ -181,7 +182,7 @@ def _hashed(workload: Workload, spec: ModelSpec) -> tuple[list[Ticket], float]:
 
 
 def _routing_cost(tickets: list[Ticket], machine: Machine, hash_s: float) -> dict[str, Any]:
-    """Processor seconds of hashing, of routing over 8 workers (cost model, tables, bookkeeping), and of forming sweeps."""
+    """Processor seconds of hashing, of routing (cost model, tables, bookkeeping) and of forming sweeps."""
     frontend = Frontend(
         8, make_policy("ours", machine.costs, machine.limits), machine.costs, machine.bounds, machine.admission
     )
@@ -213,8 +214,8 @@ def _routing_cost(tickets: list[Ticket], machine: Machine, hash_s: float) -> dic
     }
 
 
-def _table_memory(blocks: int = 1_000_000) -> dict[str, Any]:
-    """MiB of a table of a million blocks, the digests themselves included."""
+def _table_memory(blocks: int) -> dict[str, Any]:
+    """MiB of a table of that many blocks, the digests themselves included."""
 
     def mib(fill: Callable[[PrefixTable, list[bytes]], None]) -> float:
         tracemalloc.start()

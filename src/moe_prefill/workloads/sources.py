@@ -39,7 +39,7 @@ def quality(rng: Rng, scale: float) -> list[AtomicRequest]:
 def arxiv(rng: Rng, scale: float, *, pairs: bool = True) -> list[AtomicRequest]:
     """Long papers, 6K to 128K tokens: 600 requests over 420 papers, 180 of them twice (``pairs``), or over 600."""
     requests, question = _scaled(600, scale), 40
-    twice = _scaled(180, scale) if pairs else 0
+    twice = min(round(180 * scale), requests // 3) if pairs else 0
     tokens = 10_100_000 * requests // 600 - question * requests
     low, high = 6000 - question, 128_000 - question
     of_pairs = tokens // requests * twice
