@@ -76,11 +76,11 @@ def server(command: Sequence[str]) -> Iterator[tuple[int, int]]:
         with log.open("w") as file:
             process = subprocess.Popen(list(command), stderr=file)
         try:
-            while "running on" not in log.read_text():
+            while "running on http" not in log.read_text():
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.05)
-            address = json.loads(next(line for line in log.read_text().splitlines() if "running on" in line))
-            port = int(address["message"].split()[3].rpartition(":")[2])
+            address = json.loads(next(line for line in log.read_text().splitlines() if "running on http" in line))
+            port = int(address["message"].split()[2].rpartition(":")[2])
             while get(port, "/ready") != 200:
                 time.sleep(0.05)
             yield port, process.pid

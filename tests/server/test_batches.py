@@ -399,11 +399,11 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
         log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
         with log.open("w") as file:
             process = subprocess.Popen(command, stderr=file)
-        while "running on" not in log.read_text():
+        while "running on http" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
-        told = next(one for one in log.read_text().splitlines() if "running on" in one)
-        return process, json.loads(told)["message"].split()[3]
+        told = next(one for one in log.read_text().splitlines() if "running on http" in one)
+        return process, json.loads(told)["message"].split()[2]
 
     process, url = begin()
     try:

@@ -222,6 +222,23 @@ def test_large_compressed_broken_and_slow_bodies_are_refused(make_service):
         assert http.post("/v1/completions", json=BODY).status_code == 200
 
 
+def test_bodies_are_bounded_together(make_service, tokenizer):
+    engine = FakeEngine(vocab_size=tokenizer.vocab_size)
+    engine.gate.clear()
+    size = len(json.dumps(BODY).encode()) + 100
+    limits = HttpLimits(all_bodies_bytes=2 * size)
+    with listening(make_service(engine), limits=limits) as url, ThreadPoolExecutor(3) as pool:
+
+        def post():
+            return httpx.post(f"{url}/v1/completions", content=json.dumps(BODY).ljust(size), timeout=60)
+
+        two = [pool.submit(post) for _ in range(2)]
+        wait_for(lambda: len(engine.calls) >= 1)
+        wait_for(lambda: post().status_code == 429)
+        engine.gate.set()
+        assert [reply.result().status_code for reply in two] == [200, 200]
+
+
 def test_unknown_paths_and_methods_have_the_same_form_of_error(make_service):
     with listening(make_service()) as url, httpx.Client(base_url=url) as http:
         assert http.get("/nothing").json()["error"]["code"] == "not_found"

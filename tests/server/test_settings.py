@@ -1,12 +1,17 @@
 """Settings from flags, environment and file; keys; warm-up; the description of the API."""
 
+import subprocess
+import sys
+from contextlib import closing
+
 import pytest
 
+from moe_prefill.cli import main
 from moe_prefill.config import EngineConfig
 from moe_prefill.errors import MoePrefillError, PlanError, RowError, TaskError, UsageError
 from moe_prefill.server.keys import Keys, new_key
 from moe_prefill.server.refusals import Refused
-from moe_prefill.server.run import model_names, prepare
+from moe_prefill.server.run import bind, model_names, prepare
 from moe_prefill.server.scheduler import Pace
 from moe_prefill.server.settings import ServerConfig, read_settings
 from moe_prefill.server.warmup import warm_up
@@ -62,6 +67,15 @@ def test_what_is_wrong_is_said_at_the_start(file_of, flags, environment, text):
         read_settings({"model": "m", **flags}, environment, file_of(text))
 
 
+def test_a_taken_port_is_found_before_the_model_is_loaded():
+    with closing(bind("127.0.0.1", 0)) as listener:
+        listener.listen()
+        with pytest.raises(UsageError, match="in use"):
+            bind("127.0.0.1", listener.getsockname()[1])
+    with pytest.raises(UsageError):
+        bind("no.such.host.invalid", 0)
+
+
 def test_a_model_is_needed():
     with pytest.raises(UsageError, match="model"):
         read_settings({}, {}, None)
@@ -108,3 +122,11 @@ def test_a_warm_up_that_fails_is_an_error():
     engine._one = lambda request: RowError("too_long", "no room")
     with pytest.raises(PlanError, match="no room"):
         warm_up(engine, [Pace(1.0)], "small")
+
+
+def test_the_server_needs_no_torch_and_the_command_says_what_is_missing(monkeypatch, capsys):
+    code = "import sys, moe_prefill.server.run, moe_prefill.server.runbatch; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "--model", str(MODEL)]) == UsageError.exit_code
+    assert "moe-prefill[server]" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .endpoints import ENDPOINTS, Endpoint
 from .keys import ANYONE, Caller, Keys
 from .metrics import Metrics
-from .refusals import Refused
+from .refusals import Refused, overloaded
 from .schema import describe
 from .service import Answer, Service, refusal
 from .tokens import tokenizer_info
@@ -40,10 +40,13 @@ _PAGE_HEADERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
-    """Of one request: bytes of its body, and seconds in which all of it must arrive and its reply be taken."""
+    """Of one request: bytes of its body, and seconds in which all of it must arrive and its reply be taken; and the
+    bytes of all bodies that are inside at once.
+    """
 
     payload_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
+    all_bodies_bytes: int = 512 << 20
 
 
 Handler = Callable[[Request, Caller, str], Awaitable[Answer]]
@@ -57,6 +60,7 @@ class Door:
         self.metrics = metrics
         self.keys = keys
         self.limits = limits
+        self._bodies_bytes = 0  # of those inside
 
     async def open(self, request: Request, path: str, handler: Handler) -> Response:
         begin_s = time.monotonic()
@@ -85,6 +89,24 @@ class Door:
 
     async def ask(self, endpoint: Endpoint, request: Request, caller: Caller, request_id: str) -> Answer:
         """Read a body and have it answered; when the client goes, its work leaves the queue."""
+        with self._room(request):
+            return await self._answered(endpoint, request, caller, request_id)
+
+    @contextlib.contextmanager
+    def _room(self, request: Request) -> Iterator[None]:
+        """Room for a body, by the size that it states or may have. Raises 429 where there is none."""
+        length = request.headers.get("content-length", "")
+        size = min(int(length) if length.isdecimal() else self.limits.payload_bytes, self.limits.payload_bytes)
+        if self._bodies_bytes + size > self.limits.all_bodies_bytes:
+            message = f"bodies of {self._bodies_bytes} bytes are inside, the limit is {self.limits.all_bodies_bytes}"
+            raise overloaded(message, self.service.scheduler.retry_after_s())
+        self._bodies_bytes += size
+        try:
+            yield
+        finally:
+            self._bodies_bytes -= size
+
+    async def _answered(self, endpoint: Endpoint, request: Request, caller: Caller, request_id: str) -> Answer:
         body = await read_body(request, self.limits)
         work = asyncio.ensure_future(self.service.answer(endpoint, body, caller=caller, request_id=request_id))
         gone = asyncio.ensure_future(_gone(request.receive))

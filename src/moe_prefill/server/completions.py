@@ -27,6 +27,8 @@ _GENERATION: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "min_tokens": (0, 1),
     "ignore_eos": (False,),
+    "response_format": ({"type": "text"},),
+    "logprob_token_ids": (),
     "guided_regex": (),
     "guided_json": (),
     "guided_grammar": (),

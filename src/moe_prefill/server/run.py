@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ import uvicorn
 
 from ..config import EngineConfig
 from ..core import EngineLimits, ScoringEngine
-from ..errors import TaskError
+from ..errors import TaskError, UsageError
 from ..tasks import ClassifyConfig, RankConfig, load_task_file
 from .app import HttpLimits, make_app
 from .batchroutes import add_batch_routes
@@ -43,12 +45,24 @@ def serve(server: ServerConfig, engine: EngineConfig) -> None:
     set_up(server.log_level)
     keys = Keys.read(server.api_keys)
     context_of = prepare(server, engine)
-    scoring = build_scoring(engine)
-    try:
+    with closing(bind(server.host, server.port)) as listener, closing(build_scoring(engine)) as scoring:
         service, metrics = assemble(server, scoring, context_of(scoring.limits), keys)
-        Drained(server, service, metrics, keys).run()
-    finally:
-        scoring.close()
+        Drained(server, service, metrics, keys).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded; it listens only when someone can answer. Raises UsageError."""
+    listener = None
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise UsageError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from error
+    return listener
 
 
 class _ContextOf:
@@ -151,8 +165,6 @@ class Drained(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=server.host,
-                port=server.port,
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -169,10 +181,13 @@ class Drained(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)  # type: ignore[arg-type]
+        await super().startup(sockets)
         if self.started:
+            for one in sockets or []:
+                host, port = one.getsockname()[:2]
+                _log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             self._tasks.append(self._loop.create_task(self._warm_up()))
             if self._runner is not None:
                 self._tasks.append(self._loop.create_task(self._runner.run()))
@@ -185,8 +200,8 @@ class Drained(uvicorn.Server):
         loop = self._loop
         loop.call_soon_threadsafe(lambda: self._tasks.append(loop.create_task(self._drain())))
 
-    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
