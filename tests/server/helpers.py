@@ -17,6 +17,7 @@ from moe_prefill.server.app import HttpLimits, make_app
 from moe_prefill.server.keys import Keys
 from moe_prefill.server.metrics import Metrics
 from moe_prefill.server.service import Service
+from moe_prefill.server.tracing import NoTracer, Tracer
 
 VOCAB = 512
 
@@ -104,10 +105,12 @@ def request(num_tokens: int, seed: int = 0, salt: str = "") -> AtomicRequest:
 
 
 @contextlib.contextmanager
-def listening(service: Service, keys: Keys | None = None, limits: HttpLimits | None = None) -> Iterator[str]:
+def listening(
+    service: Service, keys: Keys | None = None, limits: HttpLimits | None = None, tracer: Tracer | None = None
+) -> Iterator[str]:
     """The base URL of a server that runs in a thread, its scheduler started."""
     metrics = Metrics(service.scheduler)
-    app = make_app(service, metrics, keys, limits or HttpLimits())
+    app = make_app(service, metrics, keys, limits or HttpLimits(), tracer or NoTracer())
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
         config = uvicorn.Config(app, log_level="error", http="h11", ws="none", lifespan="off", proxy_headers=False)

@@ -10,11 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from moe_prefill.errors import WorkerError
 from moe_prefill.server.app import HttpLimits
 from moe_prefill.server.keys import Keys, new_key
 from moe_prefill.server.logs import JsonLines
+from moe_prefill.server.tracing import OpenTelemetry
 
 from .helpers import FakeEngine, listening
 
@@ -91,8 +95,8 @@ def test_drain_answers_what_is_queued_and_refuses_what_comes(make_service, token
     service = make_service(engine)
     with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         replies = [pool.submit(http.post, "/v1/completions", json=BODY) for _ in range(4)]
-        wait_for(lambda: len(service.permits) == 4 and len(engine.calls) == 1)
-        drained = threading.Thread(target=service.scheduler.drain, args=(30,))
+        wait_for(lambda: len(service.permits) == 4)
+        drained = threading.Thread(target=service.drain, args=(30,))
         drained.start()
         wait_for(lambda: service.scheduler.state == "draining")
         late = http.post("/v1/completions", json=BODY)
@@ -255,6 +259,22 @@ def test_logs_are_json_without_prompts(make_service, caplog):
     assert [line["status"] for line in lines] == [200, 400]
     assert all(line["path"] == "/v1/completions" and len(line["request_id"]) == 32 for line in lines)
     assert "secret" not in json.dumps(lines)
+
+
+def test_traces_have_a_span_a_request_under_the_callers(make_service):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with listening(make_service(), tracer=OpenTelemetry(provider)) as url:
+        headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+        httpx.post(f"{url}/v1/completions", json={**BODY, "prompt": "my secret"}, headers=headers)
+        httpx.post(f"{url}/v1/completions", json={"prompt": "my secret"})
+    good, bad = exporter.get_finished_spans()
+    assert (good.name, f"{good.context.trace_id:032x}") == ("/v1/completions", trace)
+    assert good.attributes["moe_prefill.prompt_tokens"] > 0
+    assert bad.attributes["error.type"] == "max_tokens_missing"
+    assert "secret" not in good.to_json() + bad.to_json()
 
 
 def test_a_cancelled_answer_gives_its_permit_back(make_service, tokenizer):

@@ -41,6 +41,7 @@ SERVER_FLAGS = {
     "tokenizer_threads": Flag(help="Threads that tokenise.", panel=_LIMITS),
     "drain_seconds": Flag(help="Time for what is queued when the server is told to stop.", panel=_QUEUE),
     "warmup": Flag(help="Before ready: limit (the largest call), small, or off.", panel=_QUEUE),
+    "otlp_endpoint": Flag(help="Send OpenTelemetry spans to this OTLP address.", metavar="URL", panel=_HTTP),
     "log_level": Flag(help="debug, info, warning or error.", panel=_HTTP),
 }
 

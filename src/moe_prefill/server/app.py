@@ -27,6 +27,7 @@ from .refusals import Refused, overloaded
 from .schema import describe
 from .service import Answer, Service, refusal
 from .tokens import tokenizer_info
+from .tracing import NoTracer, Tracer
 
 _log = logging.getLogger("moe_prefill.server.access")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -55,7 +56,10 @@ Handler = Callable[[Request, Caller, str], Awaitable[Answer]]
 class Door:
     """What every route goes through: request id, key, answer, headers, counting, one line in the log."""
 
-    def __init__(self, service: Service, metrics: Metrics, keys: Keys | None, limits: HttpLimits) -> None:
+    def __init__(
+        self, service: Service, metrics: Metrics, keys: Keys | None, limits: HttpLimits, tracer: Tracer
+    ) -> None:
+        self.tracer = tracer
         self.service = service
         self.metrics = metrics
         self.keys = keys
@@ -63,7 +67,7 @@ class Door:
         self._bodies_bytes = 0  # of those inside
 
     async def open(self, request: Request, path: str, handler: Handler) -> Response:
-        begin_s = time.monotonic()
+        begin_ns, begin_s = time.time_ns(), time.monotonic()
         given = request.headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else secrets.token_hex(16)
         try:
@@ -71,6 +75,7 @@ class Door:
         except Refused as error:
             answer = refusal(error)
         self.metrics.replied(path, answer, request_id, datetime.now(UTC).isoformat(timespec="seconds"))
+        self.tracer.replied(path, answer, request_id, request.headers, begin_ns, time.time_ns())
         facts = {
             "request_id": request_id,
             "method": request.method,
@@ -175,10 +180,16 @@ def respond(answer: Answer, request_id: str) -> Response:
     return Response(answer.body, answer.status, headers, media_type="application/json")
 
 
-def make_app(service: Service, metrics: Metrics, keys: Keys | None, limits: HttpLimits) -> FastAPI:
+def make_app(
+    service: Service,
+    metrics: Metrics,
+    keys: Keys | None,
+    limits: HttpLimits,
+    tracer: Tracer = NoTracer(),  # noqa: B008 (without state)
+) -> FastAPI:
     """All routes but those of files and batches."""
     app = FastAPI(title="MoE-Prefill scoring server", docs_url=None, redoc_url=None)
-    door = Door(service, metrics, keys, limits)
+    door = Door(service, metrics, keys, limits, tracer)
     app.state.door = door
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:

@@ -28,6 +28,7 @@ from .scheduler import Policy, Scheduler
 from .service import Service
 from .settings import ServerConfig
 from .store import Store
+from .tracing import Tracer, tracer_of
 from .warmup import warm_up
 
 if TYPE_CHECKING:
@@ -43,11 +44,15 @@ def serve(server: ServerConfig, engine: EngineConfig) -> None:
     from ..workers import build_scoring
 
     set_up(server.log_level)
-    keys = Keys.read(server.api_keys)
+    keys, tracer = Keys.read(server.api_keys), tracer_of(server.otlp_endpoint)
     context_of = prepare(server, engine)
-    with closing(bind(server.host, server.port)) as listener, closing(build_scoring(engine)) as scoring:
+    with (
+        closing(tracer),
+        closing(bind(server.host, server.port)) as listener,
+        closing(build_scoring(engine)) as scoring,
+    ):
         service, metrics = assemble(server, scoring, context_of(scoring.limits), keys)
-        Drained(server, service, metrics, keys).run(sockets=[listener])
+        Drained(server, service, metrics, keys, tracer).run(sockets=[listener])
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -155,9 +160,11 @@ def _classify_task(path: str | None) -> ClassifyConfig | None:
 class Drained(uvicorn.Server):
     """Warms up while it listens already, and drains on the first signal."""
 
-    def __init__(self, server: ServerConfig, service: Service, metrics: Metrics, keys: Keys | None) -> None:
+    def __init__(
+        self, server: ServerConfig, service: Service, metrics: Metrics, keys: Keys | None, tracer: Tracer
+    ) -> None:
         limits = HttpLimits(payload_bytes=int(server.payload_limit_mib * 2**20), body_timeout_s=server.body_timeout_s)
-        app = make_app(service, metrics, keys, limits)
+        app = make_app(service, metrics, keys, limits, tracer)
         self._runner: BatchRunner | None = None
         if server.data_dir is not None:
             self._runner = BatchRunner(Store(Path(server.data_dir)), service, keys.salts if keys is not None else {})
@@ -224,7 +231,7 @@ class Drained(uvicorn.Server):
     async def _drain(self) -> None:
         seconds = self._server.drain_seconds
         _log.info("draining for at most %.0f s", seconds)
-        left = await asyncio.to_thread(self._service.scheduler.drain, seconds)
+        left = await asyncio.to_thread(self._service.drain, seconds)
         _log.info("drained; %d requests were not served", left)
         for _ in range(int(_LAST_REPLIES_S / 0.05)):
             if not len(self._service.permits):

@@ -23,7 +23,7 @@ from .refusals import Refused, overloaded, unavailable
 _log = logging.getLogger(__name__)
 
 Lane = Literal["interactive", "batch"]
-State = Literal["starting", "ready", "draining", "failed", "closed"]
+State = Literal["starting", "ready", "draining", "drained", "failed", "closed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +122,15 @@ class Scheduler:
     def _closed(self) -> bool:
         return self.state == "closed"
 
+    def check_open(self) -> None:
+        """Raise 503 unless new requests are taken in."""
+        if self.state == "starting":
+            raise unavailable("starting", "the server is warming up; ask /ready", 5)
+        if self.state in ("draining", "drained", "closed"):
+            raise unavailable("draining", "the server is shutting down; send the request to another one", 5)
+        if self.state == "failed":
+            raise unavailable("engine_lost", "the engine is not available; the server's log says why", 30)
+
     def queued(self, lane: Lane) -> tuple[int, int]:
         """Works and tokens that wait."""
         with self._changed:
@@ -144,7 +153,8 @@ class Scheduler:
         Batches are bounded by who sends them, so the limits are those of the interactive lane.
         """
         with self._changed:
-            self._check_state()
+            if self.state != "draining" or lane == "batch":
+                self.check_open()
             if lane == "interactive":
                 self._check_room(work)
             work.arrived_s = self._clock()
@@ -192,14 +202,16 @@ class Scheduler:
             if len(part.work.answers) == len(part.work.requests):
                 part.work.resolve(part.work.answers)
 
-    def drain(self, seconds: float) -> int:
-        """Take nothing in any more, finish what is queued for at most ``seconds``, answer the rest with a 503.
+    def drain(self, seconds: float, coming: Callable[[], int] = lambda: 0) -> int:
+        """Finish what is queued, and ``coming`` requests that are inside but not yet queued, for at most ``seconds``;
+        answer the rest with a 503. New requests are refused at once (``check_open``).
 
         Batch work is given back at once: its lines are kept and go on after the next start. Returns how many works
         were not served.
         """
+        end_s = time.monotonic() + seconds
         with self._changed:
-            if self.state in ("draining", "closed"):
+            if self.state in ("draining", "drained", "closed"):
                 return 0
             if self.state != "failed":
                 self.state = "draining"
@@ -207,7 +219,10 @@ class Scheduler:
             self._changed.notify_all()
         self._refuse(left)
         with self._changed:
-            self._changed.wait_for(lambda: not self._queues["interactive"] and self._running is None, seconds)
+            while time.monotonic() < end_s and (self._queues["interactive"] or self._running or coming()):
+                self._changed.wait(0.02)
+            if self.state == "draining":
+                self.state = "drained"
             left = self._queues["interactive"].drain()
         self._refuse(left)
         return len(left)
@@ -236,14 +251,6 @@ class Scheduler:
         """Tokens of one call. Before anything was measured, one sweep's."""
         tokens = self.paces[lane].call_tokens
         return float(self.engine.limits.max_sweep_tokens) if tokens is None else tokens
-
-    def _check_state(self) -> None:
-        if self.state == "starting":
-            raise unavailable("starting", "the server is warming up; ask /ready", 5)
-        if self.state in ("draining", "closed"):
-            raise unavailable("draining", "the server is shutting down; send the request to another one", 5)
-        if self.state == "failed":
-            raise unavailable("engine_lost", "the engine is not available; the server's log says why", 30)
 
     def _check_room(self, work: Work) -> None:
         queue, policy = self._queues["interactive"], self.policy

@@ -114,6 +114,10 @@ class Service:
         self.scheduler.close()
         self._pool.shutdown(cancel_futures=True)
 
+    def drain(self, seconds: float) -> int:
+        """Refuse new requests, answer those that are inside; blocks. Returns how many got a 503 in the end."""
+        return self.scheduler.drain(seconds, coming=lambda: len(self.permits))
+
     async def answer(
         self,
         endpoint: Endpoint,
@@ -127,6 +131,7 @@ class Service:
         begin_s = time.monotonic()
         dialect = endpoint.forms[-1].dialect
         try:
+            self.scheduler.check_open()
             if lane == "batch":
                 return await self._serve(endpoint, body, caller, lane, begin_s)
             with self.permits.one(caller.tenant, self.scheduler.retry_after_s):

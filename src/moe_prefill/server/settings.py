@@ -52,6 +52,7 @@ class ServerConfig:
     body_timeout_s: float = 30.0
     tokenizer_threads: int = 2
     drain_seconds: float = 30.0
+    otlp_endpoint: str | None = None
     warmup: Warmup = "limit"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
