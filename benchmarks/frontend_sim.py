@@ -53,9 +53,8 @@ WITHOUT = {
     "memory-bound": {"memory_bound": False},
     "together": {"together": 0},
     "spill": {"spill": False},
-    "close-matches": {"close_tokens": 0},
 }
-ABLATED_MIXES = ("aggregated", "low", "hot-prefix", "bursts")
+ABLATED_MIXES = ("aggregated", "low", "hot-prefix", "hot-few", "bursts")
 
 
 def main() -> None:
@@ -73,6 +72,10 @@ def main() -> None:
         "scale": options.scale,
     }
     cells: list[dict[str, Any]] = []
+    if options.keep:
+        kept = json.loads(Path(options.out).read_text(encoding="utf-8"))
+        cells = [cell for cell in kept.pop("cells") if cell["mix"] not in options.mixes]
+        report = {**kept, "command_of_others": kept["command"], **report}
     for mix in options.mixes:
         workload = make_workload(mix, scale=options.scale, interval_s=BURST_INTERVAL_S * options.scale)
         tickets, hash_s = _hashed(workload, spec)
@@ -112,6 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--kv-gib", type=float, nargs="+", default=[12, 0])
+    parser.add_argument("--keep", action="store_true", help="cells of other mixes that the file has stay in it")
     parser.add_argument("--table-blocks", type=int, default=1_000_000)
     parser.add_argument("--profile")
     return parser.parse_args()
@@ -162,7 +166,7 @@ def _measured(outcome: Outcome) -> dict[str, Any]:
     return {
         "tokens_per_s": round(outcome.tokens_per_s),
         "saved_fraction": round(outcome.saved_fraction, 5),
-        "imbalance": round(outcome.imbalance, 4),
+        "imbalance": round(outcome.imbalance, 4) if min(outcome.busy_s) else None,  # None: a worker had nothing
         "makespan_s": round(outcome.makespan_s, 2),
         "sweeps": outcome.sweeps,
         "latency_p50_s": round(outcome.latency_quantile_s(0.5), 2),

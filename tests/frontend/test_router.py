@@ -91,7 +91,7 @@ def test_siblings_that_arrive_apart_meet():
 
 
 def test_each_extension_off_leaves_the_papers_rule():
-    off = Extensions(look_ahead=False, long_first=False, memory_bound=False, together=0, spill=False, close_tokens=0)
+    off = Extensions(look_ahead=False, long_first=False, memory_bound=False, together=0, spill=False)
     made = tickets(families(np.random.default_rng(4), 20, 4, 96, 20))
     fronts = [frontend("paper"), frontend(lambda it: Ours(it.costs, it.limits, off))]
     for front in fronts:

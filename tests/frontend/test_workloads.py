@@ -152,7 +152,7 @@ def test_the_benchmark_writes_its_cells_and_a_plot(tmp_path):
         ("aggregated", 2, 12),
         ("none", 8, 12),
     }
-    assert all(0 < c["tokens_per_s"] and 1 <= c["imbalance"] for c in cells)
+    assert all(c["tokens_per_s"] > 0 and c["imbalance"] >= 1 for c in cells)
     assert all(c["saved_fraction"] == c["oracle_fraction"] == 0 for c in cells if c["mix"] == "none")
     assert report["routing"]["requests"] == cells[0]["requests"]
     assert report["tables"]["blocks"] == 1000

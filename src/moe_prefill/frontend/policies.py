@@ -171,7 +171,6 @@ class Extensions:
     ``memory_bound``: a worker takes work up to ``Limits.full`` instead of T. ``together``: where it has a prefix it may
     go beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``:
     a worker that would be done later than all workers on average is passed over, even where it has the prefix.
-    ``close_tokens``: matches that differ by no more are alike, and the predicted time until the worker is done decides.
     """
 
     look_ahead: bool = True
@@ -179,7 +178,6 @@ class Extensions:
     memory_bound: bool = True
     together: int = 2
     spill: bool = True
-    close_tokens: int = 2 * BLOCK_TOKENS
 
 
 class Ours:
@@ -209,8 +207,7 @@ class Ours:
                 return min(options, key=lambda option: option.done_ns).worker
             options = in_time
         most = max(option.blocks for option in options)
-        close = [o for o in options if BLOCK_TOKENS * (most - o.blocks) <= self.extensions.close_tokens]
-        return min(close, key=lambda option: option.done_ns).worker
+        return min((o for o in options if o.blocks == most), key=lambda option: option.done_ns).worker
 
     def lost(self, worker: Worker) -> None:
         pass

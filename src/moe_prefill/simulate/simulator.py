@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from .machine import Machine
 from .timing import SweepTimer
 from .worker import SimulatedWorker
 
-_REPORTS = 8  # of progress, a sweep
+_LOOKS = 8  # at all workers' progress, during every sweep of each
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,8 +46,8 @@ class Outcome:
 
     @property
     def imbalance(self) -> float:
-        """Busy seconds of the busiest worker over those of the least busy one."""
-        return max(self.busy_s) / max(min(self.busy_s), 1e-12)
+        """Busy seconds of the busiest worker over those of the least busy one; infinite where that had nothing."""
+        return max(self.busy_s) / min(self.busy_s) if min(self.busy_s) else math.inf
 
     def latency_quantile_s(self, quantile: float) -> float:
         return float(np.nanquantile(self.latency_s, quantile))
@@ -83,6 +84,7 @@ class Simulation:
         self.frontend = Frontend(num_workers, policy, machine.costs, machine.bounds, machine.admission)
         self.workers = [SimulatedWorker(index, timer) for index in range(num_workers)]
         self.outcome = Outcome(latency_s=[float("nan")] * len(tickets), worker_of=[-1] * len(tickets))
+        self._num_layers = machine.spec.num_layers
         self._watch = watch
         self._serial = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -94,6 +96,8 @@ class Simulation:
             self.now_s = self._events[0][0]
             while self._events and self._events[0][0] == self.now_s:
                 heapq.heappop(self._events)[2]()
+            for worker in self.workers:
+                self._report(worker)
             self.frontend.route()
             for worker in self.workers:
                 self._start(worker)
@@ -111,6 +115,14 @@ class Simulation:
         except Overloaded:
             self.outcome.refused += 1
 
+    def _report(self, worker: SimulatedWorker) -> None:
+        """What the worker's page says: finished layers, all of them taking equally long."""
+        run = worker.running
+        if run is not None:
+            layers = self._num_layers
+            done = int(layers * min(1.0, (self.now_s - run.start_s) / run.seconds))
+            self.frontend.progress(run.sweep.number, done, layers)
+
     def _start(self, worker: SimulatedWorker) -> None:
         """Begin a worker's next sweep if it has none."""
         if worker.running is not None or not len(self.frontend.workers[worker.index].waiting):
@@ -121,12 +133,9 @@ class Simulation:
             return
         sweep = self.frontend.next_sweep(worker.index, self.now_s)
         assert sweep is not None
-        run = worker.start(sweep)
-        for part in range(1, _REPORTS):
-            self._at(
-                self.now_s + run.seconds * part / _REPORTS,
-                lambda part=part: self.frontend.progress(sweep.number, part, _REPORTS),  # type: ignore[misc]
-            )
+        run = worker.start(sweep, self.now_s)
+        for part in range(1, _LOOKS):
+            self._at(self.now_s + run.seconds * part / _LOOKS, lambda: None)
         self._at(self.now_s + run.seconds, lambda: self._finish(worker))
 
     def _finish(self, worker: SimulatedWorker) -> None:

@@ -20,6 +20,7 @@ class Computation:
     hits: tuple[int, ...]  # blocks of each request that the pool had
     tokens: int
     flops: int
+    start_s: float
     seconds: float
 
 
@@ -34,7 +35,7 @@ class SimulatedWorker:
         self._timer = timer
         self._is_first = True
 
-    def start(self, sweep: FormedSweep) -> Computation:
+    def start(self, sweep: FormedSweep, now_s: float) -> Computation:
         """Begin a sweep; it ends ``seconds`` later, when ``finish`` is to be called."""
         assert self.running is None
         pool = self.pool
@@ -46,7 +47,7 @@ class SimulatedWorker:
         seconds = time.compute_s + (time.exposed_first_s if self._is_first else time.exposed_s)
         self._is_first = False
         self.busy_s += seconds
-        self.running = Computation(sweep, hits, batch.num_tokens, time.flops, seconds)
+        self.running = Computation(sweep, hits, batch.num_tokens, time.flops, now_s, seconds)
         return self.running
 
     def finish(self) -> BlockEvents:

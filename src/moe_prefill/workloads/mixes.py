@@ -22,6 +22,7 @@ _MIXES: dict[str, dict[str, Source]] = {
     "low": _SHORT,
     "none": {"unshared": sources.unshared},
     "hot-prefix": {"hot-prefix": sources.hot_prefix},
+    "hot-few": {"hot-few": sources.hot_few},
     "bursts": _AGGREGATED,
 }
 MIXES = tuple(_MIXES)

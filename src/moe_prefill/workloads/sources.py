@@ -84,6 +84,11 @@ def hot_prefix(rng: Rng, scale: float) -> list[AtomicRequest]:
     return _behind_instruction(rng, _scaled(20_000, scale), 4096, 4160, 4608, 4288)
 
 
+def hot_few(rng: Rng, scale: float) -> list[AtomicRequest]:
+    """64 requests, at any scale, that share a prefix of 4,096 tokens, with 64 to 512 of their own."""
+    return _behind_instruction(rng, 64, 4096, 4160, 4608, 4288)
+
+
 def unshared(rng: Rng, scale: float) -> list[AtomicRequest]:
     """8K requests of 256 to 8,192 tokens that share nothing."""
     return _behind_instruction(rng, _scaled(8_000, scale), 0, 256, 8192, 2048)
