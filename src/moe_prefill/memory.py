@@ -15,7 +15,7 @@ from .errors import PlanError
 
 GIB = 1 << 30
 DeviceKind = Literal["cuda", "cpu"]
-_CHUNK_ROWS = {"cuda": 16384, "cpu": 1024}
+_CHUNK_ROWS = {"cuda": 16384, "cpu": 2048}
 _LEAST_CHUNK_ROWS = 256
 _LOGITS_SHARE = 16  # of a chunk's rows go through the LM head at a time
 _GATHERED_KEYS = 2  # a chunk's, for one of its rows

@@ -17,6 +17,7 @@ from ..experts import ALONE, Ranks
 from ..machine import load_profile
 from ..residency import Budget, ResidencyPlan, plan_for
 from .banks import BankMemory
+from .cores import keep_freed_memory
 from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
@@ -32,11 +33,13 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         # Weights of all sizes come first and activations after them: without this, gaps of gigabytes stay unused.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = rank_device(config.device, ranks)
+    # The count must not change between a job and its resumption.
+    threads = 1 if device.type == "cuda" else config.threads or len(os.sched_getaffinity(0))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device
     else:
-        # Hyperthreads bring nothing to matrix products, and the count must not change between a job and its resumption.
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads)
+        keep_freed_memory()
     trace = None if config.trace is None else TraceWriter(trace_path(config.trace, ranks), ranks.rank)
     spec, _ = open_model(config.model, config.load_format, config.num_layers, config.revision)
     dtype = pick_dtype(config.dtype, spec, device)
@@ -76,6 +79,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         on_layer=None if layers_done is None else LayerCounter(layers_done, device),
         trace=trace,
         residency=plan,
+        threads=threads,
     )
 
 

@@ -24,6 +24,7 @@ from ..memory import MemoryPlan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
 from ..residency import ResidencyPlan
+from .cores import cores_of
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
@@ -49,8 +50,8 @@ class LocalEngine:
 
     ``rounds``: the banks come in rounds with those of other ranks, so every rank must be given the same number of
     sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
-    ``residency``: where the banks live, for reports. ``transfers``: what streaming cost each of the last sweeps;
-    ``trace`` is told of every one.
+    ``threads``: cores of a CPU to use. ``residency``: where the banks live, for reports. ``transfers``: what streaming
+    cost each of the last sweeps; ``trace`` is told of every one.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class LocalEngine:
         on_layer: Callable[[], None] | None = None,
         trace: TraceWriter | None = None,
         residency: ResidencyPlan | None = None,
+        threads: int = 1,
     ) -> None:
         self.spec = spec
         self.memory = memory
@@ -83,6 +85,8 @@ class LocalEngine:
         self.on_layer = on_layer
         self._trace = trace
         self.residency = residency
+        self._threads = threads
+        self._cores = cores_of(device, threads)
         self.transfers: deque[TransferStats] = deque(maxlen=_SWEEPS_KEPT)
         self._stats = RunStats()
 
@@ -128,7 +132,7 @@ class LocalEngine:
             "quantization": self._quantization,
             "attention": self._attention_kernel(),
             "torch": torch.__version__,
-            "threads": torch.get_num_threads() if self._device.type == "cpu" else 0,
+            "threads": self._threads if self._device.type == "cpu" else 0,
             "sharing": self._sharing,
             "prune_last": self._prune_last,
             "sweep": [self.memory.max_sweep_tokens, self.memory.chunk_rows, self.memory.max_gathered_keys],
@@ -171,6 +175,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Free the device's memory; the engine is not to be used afterwards."""
+        self._cores.close()
         self._banks.close()
         if self._trace is not None:
             self._trace.close()
@@ -182,7 +187,14 @@ class LocalEngine:
         """The plan of one sweep, uploaded. The requests are those of one entry of ``forming.sweeps``."""
         salts = self.forming.salts(requests)
         return build_sweep_plan(
-            requests, salts, self.spec, self._rule, self.memory, self._device, prune_last=self._prune_last
+            requests,
+            salts,
+            self.spec,
+            self._rule,
+            self.memory,
+            self._device,
+            prune_last=self._prune_last,
+            cores=self._threads,
         )
 
     def _launch(self, requests: Sequence[AtomicRequest]) -> _Launched | _Empty:

@@ -98,16 +98,18 @@ def build_sweep_plan(
     device: torch.device,
     *,
     prune_last: bool,
+    cores: int = 1,
 ) -> SweepPlan:
     """Plan a sweep over ``requests``; ``salts`` says who may share with whom. Host work only, plus one asynchronous
-    upload.
+    upload. Chunks are cut so that ``cores`` of them can run side by side.
     """
     forest = build_forest([request.tokens for request in requests], rule, salts)
     staging = Staging()
     asked = _asked_rows(forest, requests)
     carried = asked_runs(forest, np.unique(asked)) if prune_last else all_runs(forest)
     windows = {layer.window for layer in spec.layers[:-1]}
-    cut = {"levels": rule.levels, "max_rows": memory.chunk_rows, "max_keys": memory.max_gathered_keys}
+    rows = rows_of_chunk(spec, memory.chunk_rows, forest.num_tokens, cores)
+    cut = {"levels": rule.levels, "max_rows": rows, "max_keys": memory.max_gathered_keys}
     everywhere = {w: chunks(forest, all_runs(forest), window=w, **cut) for w in windows}
     last = chunks(forest, carried, window=spec.layers[-1].window, **cut)
     staged_tokens, staged_positions = staging.add(forest.tokens), staging.add(forest.positions)
@@ -122,7 +124,7 @@ def build_sweep_plan(
         tokens=on_device[staged_tokens],
         positions=on_device[staged_positions],
         rope=rope.on(on_device),
-        row_blocks=_blocks(forest.num_tokens, memory.chunk_rows),
+        row_blocks=_blocks(forest.num_tokens, rows),
         chunks_by_window={w: _device_chunks(on_device, cs) for w, cs in staged_everywhere.items()},
         last_chunks=_device_chunks(on_device, staged_last),
         last_rows=carried.num_rows,
@@ -131,6 +133,16 @@ def build_sweep_plan(
         reads=head.reads(),
         flops=sweep_flops(spec, forest.positions, forest.positions[carried.rows()], head.rows_read()),
     )
+
+
+def rows_of_chunk(spec: ModelSpec, most: int, tokens: int, cores: int) -> int:
+    """Rows of a chunk: ``most`` on one core; on several their share of that and of the sweep's tokens, but enough that
+    an expert's product has some 64 rows.
+    """
+    if cores == 1:
+        return most
+    worthwhile = 64 * spec.num_experts // spec.top_k
+    return min(most, max(worthwhile, min(most, tokens) // cores + 1))
 
 
 def _asked_rows(forest: Forest, requests: Sequence[AtomicRequest]) -> Int64Array:

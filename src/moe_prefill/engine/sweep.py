@@ -14,6 +14,7 @@ from .. import ops
 from ..experts import BankSource
 from ..models.decoder import Decoder, Rope
 from ..models.weights import ExpertBank, LayerWeights, ModelWeights
+from .cores import ONE_BY_ONE, Cores
 from .plan import DeviceCall, DeviceChunk, HeadPlan, SweepPlan
 
 
@@ -41,6 +42,7 @@ def run_sweep(
     weights: ModelWeights,
     banks: BankSource[ExpertBank],
     on_layer: Callable[[], None] | None = None,
+    cores: Cores = ONE_BY_ONE,
 ) -> SweepOutput:
     """Compute what the plan asks; returns tensors still being computed on the current stream. ``on_layer`` is called
     when a layer has been enqueued.
@@ -50,7 +52,7 @@ def run_sweep(
     banks.begin_sweep()
     for index, layer in enumerate(weights.layers):
         bank = banks.acquire(index)
-        x = run_layer(plan, decoder, layer, bank, index, x, rope)
+        x = run_layer(plan, decoder, layer, bank, index, x, rope, cores)
         banks.release(index)
         if on_layer is not None:
             on_layer()
@@ -79,25 +81,34 @@ def run_layer(
     index: int,
     x_TD: torch.Tensor,
     rope: Rope,
+    cores: Cores = ONE_BY_ONE,
 ) -> torch.Tensor:
     """The residual after layer ``index``: ``x_TD`` itself, overwritten, or in the last layer only the rows it
     carries.
     """
-    k, v = keys_values(plan, decoder, layer, x_TD, rope)
+    k, v = keys_values(plan, decoder, layer, x_TD, rope, cores)
     last = index == decoder.spec.num_layers - 1
     chunks = plan.last_chunks if last else plan.chunks_by_window[decoder.spec.layers[index].window]
     out = x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD
-    for chunk in chunks:
+
+    def compute(chunk: DeviceChunk) -> None:
         residual = x_TD[chunk.rows]
         q = decoder.queries(layer.attention, residual, rope[chunk.rows])
         attended = attend(decoder, q, k, v, chunk)
         residual = decoder.attention_output(layer.attention, attended, residual)
         out[chunk.target] = decoder.feed_forward(layer, residual, bank)
+
+    cores.each(compute, chunks)
     return out
 
 
 def keys_values(
-    plan: SweepPlan, decoder: Decoder, layer: LayerWeights, x_TD: torch.Tensor, rope: Rope
+    plan: SweepPlan,
+    decoder: Decoder,
+    layer: LayerWeights,
+    x_TD: torch.Tensor,
+    rope: Rope,
+    cores: Cores = ONE_BY_ONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of every row, [T, G, d] each: the only per-token memory of a layer beside the residual."""
     if len(plan.row_blocks) == 1:
@@ -105,8 +116,11 @@ def keys_values(
     spec = decoder.spec
     k = x_TD.new_empty(len(x_TD), spec.num_kv_heads, spec.head_dim)
     v = torch.empty_like(k)
-    for rows in plan.row_blocks:
+
+    def compute(rows: slice) -> None:
         k[rows], v[rows] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
+
+    cores.each(compute, plan.row_blocks)
     return k, v
 
 

@@ -61,7 +61,7 @@ def _cpu(cores: int) -> MachineProfile:
     memory = _CORE_BANDWIDTH * cores
     links = dict.fromkeys(("host", "copy-engine", "nccl", "local"), _LOCAL * memory)
     return _profile(
-        "cpu", gemm=curves, grouped=curves, attention=curves, memory=memory, transfers=links, chunk_rows=4096
+        "cpu", gemm=curves, grouped=curves, attention=curves, memory=memory, transfers=links, chunk_rows=2048
     )
 
 

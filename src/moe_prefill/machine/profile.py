@@ -82,7 +82,7 @@ class MachineProfile:
     @property
     def chunk_rows(self) -> int:
         """Rows that go through a layer together."""
-        return int(self.choices.get("chunk_rows", 4096 if self.gpu == "cpu" else 16384))
+        return int(self.choices.get("chunk_rows", 2048 if self.gpu == "cpu" else 16384))
 
 
 def save_profile(profile: MachineProfile, path: str | Path) -> None:
