@@ -9,6 +9,7 @@ import torch
 from moe_prefill import ops
 from moe_prefill.ops.attention import Spans, ref_attention
 from moe_prefill.ops.experts import ref_experts
+from moe_prefill.ops.grouped import ref_grouped_mm
 from tests.conftest import DEVICE
 
 
@@ -137,3 +138,13 @@ def test_many_distinct_candidates_are_read_pair_by_pair(monkeypatch):
 
     monkeypatch.setattr(head_module, "_UNIQUE_IDS_LIMIT", 1)
     test_head(torch.float32, 3)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 70, 0, 1, 33, 31], [1], [64, 0, 0], [0, 0, 5], [200, 1, 1, 1, 40]])
+@pytest.mark.parametrize("dtype", dtypes())
+def test_grouped_products_leave_every_row_to_its_own_group(counts, dtype):
+    rows, weights = random(sum(counts), 24, dtype=dtype), random(len(counts), 40, 24, dtype=dtype, seed=1)
+    ends = torch.tensor(np.cumsum(counts), dtype=torch.int32, device=DEVICE)
+    want = ref_grouped_mm(rows, weights, ends)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(ops.grouped_mm(rows, weights, ends), want, **tolerance)
