@@ -1,5 +1,6 @@
 """The trace of a streamed run: every layer and every bank, in an order that can be."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_every_layer_waits_for_its_bank_and_bytes_add_up(tmp_path):
             key=lambda layer: abs(layer["ts"] - bank["ts"]) if layer["ts"] >= bank["ts"] + bank["dur"] else 1e18,
         )
         assert bank["ts"] + bank["dur"] <= reader["ts"]
-    assert all(earlier["ts"] <= later["ts"] for earlier, later in zip(layers, layers[1:], strict=False))
+    assert all(earlier["ts"] <= later["ts"] for earlier, later in itertools.pairwise(layers))
     assert stats.exposed_s >= 0
     assert all(sweep.exposed_first_ms <= sweep.exposed_ms <= sweep.sweep_ms for sweep in sweeps)
 
