@@ -19,7 +19,10 @@ def children(pid: int | str = "self") -> list[int]:
 
 
 def workers() -> list[int]:
-    return [pid for pid in children() if "worker" in command(pid) or "moe_prefill" in command(pid)]
+    """The worker processes, real or fake; not what other tests leave running, such as a fork server."""
+    return [
+        pid for pid in children() if any(f"-m {where}.workers." in command(pid) for where in ("moe_prefill", "tests"))
+    ]
 
 
 def command(pid: int) -> str:

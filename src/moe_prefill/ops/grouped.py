@@ -33,7 +33,8 @@ def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Te
     assert rows_RC.shape[1] == weight_ENC.shape[2], (rows_RC.shape, weight_ENC.shape)
     assert len(ends_E) == len(weight_ENC), (ends_E.shape, weight_ENC.shape)
     if not rows_RC.is_cuda:
-        return _rounded_grouped_mm(rows_RC, weight_ENC, ends_E)
+        rounded = rows_RC.dtype == torch.bfloat16
+        return (_rounded_grouped_mm if rounded else ref_grouped_mm)(rows_RC, weight_ENC, ends_E)
     if rows_RC.dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 8):
         return F.grouped_mm(rows_RC, weight_ENC.transpose(1, 2), offs=ends_E)
     if triton_enabled():
