@@ -77,7 +77,7 @@ def cores_of(device: torch.device, threads: int) -> Cores:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what activations free, up to a gigabyte, instead of handing it back at once: the next operation
-    wants it again, and half of the time on two cores went into page faults. Elsewhere nothing happens.
+    wants it again, and would fault every page in anew. Elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

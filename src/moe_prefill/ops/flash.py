@@ -1,7 +1,7 @@
 """Flash attention kernels for packed rows on CUDA, and which of them runs. Same terms as ``attention``.
 
-FlashAttention 3 (package ``fa3-fwd``) is nearly twice as fast as FlashAttention 2 on Hopper; the latter comes with
-torch and is always there. ``MOE_PREFILL_ATTENTION`` names the kernel to use where the choice is to be forced.
+FlashAttention 3 (package ``fa3-fwd``) is the faster one on Hopper; FlashAttention 2 comes with torch and is always
+there. ``MOE_PREFILL_ATTENTION`` names the kernel to use where the choice is to be forced.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from .attention import Spans
@@ -49,9 +51,14 @@ def is_legal(q: torch.Tensor) -> bool:
 
 @functools.cache
 def chosen(device: torch.device, *, windowed: bool = False) -> FlashKernel:
-    """The first kernel of ``KERNELS``, fastest first, that runs here, or the one that the environment names."""
+    """The first kernel of ``KERNELS``, fastest first, that runs here, or the one that the environment names where that
+    runs. UsageError: there is no kernel of that name.
+    """
     legal = [kernel for kernel in KERNELS if kernel.refusal(device, windowed) is None]
     wanted = os.environ.get("MOE_PREFILL_ATTENTION")
+    names = [kernel.name for kernel in KERNELS]
+    if wanted and wanted not in names:
+        raise UsageError(f"MOE_PREFILL_ATTENTION is {wanted!r}; it must be one of {', '.join(names)}, or unset")
     named = [kernel for kernel in legal if kernel.name == wanted]
     return (named or legal)[0]
 
