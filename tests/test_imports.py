@@ -19,7 +19,7 @@ ALLOWED = {
     "costmodel": {"errors", "core", "machine", "forest"},
     "forest": {"errors", "core"},
     "forming": {"errors", "core", "config", "forest"},
-    "messages": {"errors", "core", "config", "forming"},
+    "messages": {"errors", "core", "config", "forming", "blocks"},
     "shapes": {"core"},
     "blocks": {"errors", "core"},
     "frontend": {"errors", "core", "config", "machine", "costmodel", "forest", "forming", "messages", "blocks"},

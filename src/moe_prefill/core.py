@@ -187,6 +187,22 @@ class EngineLimits:
     chunk_rows: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFacts:
+    """What the cost model has to know of one rank of a group. ``device``: the name by which a profile knows it;
+    ``precision``: of the expert products. ``levels`` [layers] (residency), ``bank_bytes`` and ``bank_buffers`` say
+    what is streamed; ``kv_blocks`` are the slots of its KV pool.
+    """
+
+    spec: ModelSpec
+    device: str
+    precision: str
+    levels: tuple[str | None, ...]
+    bank_bytes: int
+    bank_buffers: int
+    kv_blocks: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class RunStats:
     """Work done since the engine started, for progress lines and summaries. Times are seconds of wall clock."""

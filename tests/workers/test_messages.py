@@ -8,18 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prefill.blocks import BlockChange, BlockEvents
 from moe_prefill.config import EngineConfig
-from moe_prefill.core import AtomicRequest, AtomicResult, EngineLimits, RunStats
+from moe_prefill.core import AtomicRequest, AtomicResult, EngineLimits, RankFacts, RunStats
 from moe_prefill.errors import WorkerError
 from moe_prefill.forest import SharingRule
 from moe_prefill.forming import Forming
 from moe_prefill.messages import (
+    Audit,
     Decoder,
     EnginePlan,
     Failure,
     Hello,
+    PackedChains,
+    PackedEvents,
     PackedRequests,
     PackedResults,
+    PoolState,
     Ready,
     Score,
     Scored,
@@ -27,6 +32,7 @@ from moe_prefill.messages import (
     Start,
     encode,
 )
+from tests.costmodel.models import model_spec
 
 ids = st.integers(-(2**31), 2**31 - 1)
 
@@ -118,9 +124,18 @@ def test_results_come_back(results, pieces):
                 schedule="rounds",
                 plan_digest="d",
                 peak_flops=None,
+                facts=RankFacts(
+                    spec=model_spec(((True, 64), (False, None))),
+                    device="cpu",
+                    precision="float32",
+                    levels=("resident", None),
+                    bank_bytes=7,
+                    bank_buffers=2,
+                ),
             ),
             layer_s=0.1,
         ),
+        Audit(),
         Failure(code="PlanError", message="häßlich \n"),
         Shutdown(),
     ],
@@ -129,6 +144,29 @@ def test_results_come_back(results, pieces):
 def test_plain_messages_come_back(message):
     two = through_the_wire(message, 5) + through_the_wire(message)
     assert two == [message, message]
+
+
+digests = st.binary(min_size=16, max_size=16)
+chains_of = st.lists(st.lists(digests, max_size=3).map(tuple), max_size=5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(chains_of, st.booleans())
+def test_chains_and_events_of_a_pool_come_back(chains, snapshot):
+    shared = [len(chain) // 2 for chain in chains]
+    packed = PackedChains.pack(chains, shared)
+    (score,) = through_the_wire(Score(number=1, requests=PackedRequests.pack([]), chains=packed), 7)
+    assert score.chains.unpack() == (chains, shared)
+    changes = tuple(BlockChange("stored", chain) for chain in chains)
+    events = BlockEvents(worker=1, generation=2, number=3, changes=changes, snapshot=snapshot)
+    (state,) = through_the_wire(PoolState(events=PackedEvents.pack(events)), 7)
+    assert state.events.unpack() == events
+
+
+def test_digests_that_do_not_add_up_are_refused():
+    packed = PackedChains.pack([(bytes(16),)], [0])
+    with pytest.raises(WorkerError):
+        PackedChains(digests=packed.digests[:3], num_blocks=packed.num_blocks, shared_blocks=packed.num_blocks).unpack()
 
 
 def test_a_hundred_thousand_requests_are_ten_arrays():
