@@ -1,32 +1,41 @@
 """One file an operation: a plain-torch reference, the checks, and the kernel where there is one."""
 
 from .attention import Spans, attention
+from .block_experts import blocks_refused
 from .experts import combine, experts
 from .flash import chosen as flash_kernel
 from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
+from .linear import Float8Rows, Matrix, linear
 from .merge import merge_
-from .quantize import FLOAT8, dequantize, quantize_rows, swiglu_quantize
+from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
 from .rms_norm import rms_norm
 from .rope import head_norm_rope, rope_tables
 from .router import route
 from .swiglu import swiglu
 
 __all__ = [
+    "BLOCK",
     "FLOAT8",
+    "Float8Rows",
+    "Matrix",
     "Spans",
     "attention",
+    "blocks_refused",
     "candidate_logits",
     "combine",
     "dequantize",
+    "dequantize_blocks",
     "experts",
     "explain_flash",
     "flash_kernel",
     "grouped_mm",
     "has_float8",
     "head_norm_rope",
+    "linear",
     "merge_",
+    "quantize_blocks",
     "quantize_rows",
     "rms_norm",
     "rope_tables",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import use_triton
+from .block_experts import aligned_rows, block_experts_rows
 from .grouped import grouped_mm, scaled_grouped_mm
 from .quantize import quantize_rows, swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
@@ -48,15 +49,19 @@ def experts(
     came from. Where only some of the T K ids are in this bank, ``num_rows`` says how many; the others are E or more,
     cost nothing and add nothing. Float8 matrices come with ``scales`` float32 ([E, 2I], [E, D]); activations are then
     quantised too, before they are gathered and again after the gated activation; ``x_TD`` may come quantised, with
-    ``x_scale_T``.
+    ``x_scale_T``. With block scales (four dimensions, see ``block_experts``) it comes plain.
     """
     num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
-    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
     if num_rows is not None:
         if num_rows == 0:
             return residual_TD.clone()
-        slot_of_row = slot_of_row[:num_rows]
         weights_TK = weights_TK.masked_fill(ids_TK >= num_experts, 0.0)
+    if scales is not None and scales[0].ndim == 4:
+        rows = aligned_rows(ids_TK, num_experts, num_rows)
+        out_MD = block_experts_rows(x_TD, rows, gate_up_E2ID, down_EDI, scales)
+        return combine(out_MD, rows.row_of_slot, weights_TK, residual_TD)
+    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
+    slot_of_row = slot_of_row[:num_rows]
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=x_TD.device), right=True, out_int32=True)
     token_of_row = slot_of_row // top_k
     if scales is None:

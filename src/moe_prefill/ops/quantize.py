@@ -1,11 +1,14 @@
-"""Float8 (e4m3) with one float32 scale a row. R rows, C channels.
+"""Float8 (e4m3) with float32 scales. R rows, N output and C input channels, G groups of 128 channels.
 
-A scale never spans rows, so that a token's numbers do not depend on its neighbours in a batch.
+Activations have one scale a row, or one for each 128 channels of a row: a scale never spans rows, so that a token's
+numbers do not depend on its neighbours in a batch. Weights have one scale a row, or one for each block of 128 x 128, as
+published checkpoints do (``weight_scale_inv``; it multiplies, whatever its name says).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .backend import use_triton
 from .swiglu import swiglu
@@ -13,6 +16,7 @@ from .swiglu import swiglu
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 LEAST_AMAX = 1e-12  # a row of zeros gets a scale all the same
+BLOCK = 128  # channels that share a scale, in rows of activations and on both sides of a block of weights
 
 
 def ref_quantize_rows(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,3 +49,54 @@ def swiglu_quantize(gate_up_R2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``values * scale`` row by row, rounded once."""
     return (values.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def ref_quantize_groups(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values float8 [R, C] and scales float32 [G, R] with a scale for each ``BLOCK`` channels of a row, groups first:
+    that is how block-scaled products read them. C is a multiple of ``BLOCK``.
+    """
+    groups_RGB = x_RC.float().unflatten(1, (-1, BLOCK))
+    values, scale_RG = ref_quantize_rows(groups_RGB)
+    return values.flatten(1), scale_RG.t().contiguous()
+
+
+def quantize_groups(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, C] and float32 scales [G, R]; see ``ref_quantize_groups``."""
+    assert x_RC.shape[1] % BLOCK == 0, x_RC.shape
+    if use_triton(x_RC) and x_RC.stride(1) == 1:
+        from .kernels.quantize import quantize_groups_kernel
+
+        return quantize_groups_kernel(x_RC)
+    return ref_quantize_groups(x_RC)
+
+
+def swiglu_quantize_groups(gate_RF: torch.Tensor, up_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``silu(gate) * up``, rounded to their dtype, then ``quantize_groups``: float8 [R, F] and float32 [F / 128, R]."""
+    assert gate_RF.shape == up_RF.shape, (gate_RF.shape, up_RF.shape)
+    if use_triton(gate_RF) and gate_RF.stride() == up_RF.stride():
+        from .kernels.quantize import swiglu_quantize_groups_kernel
+
+        return swiglu_quantize_groups_kernel(gate_RF, up_RF)
+    return ref_quantize_groups(F.silu(gate_RF) * up_RF)
+
+
+def quantize_blocks(weight_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [..., N, C] and float32 scales [..., ceil(N / 128), ceil(C / 128)]; blocks at the lower and right
+    edges may be smaller.
+    """
+    N, C = weight_NC.shape[-2:]
+    wide = F.pad(weight_NC.float(), (0, -C % BLOCK, 0, -N % BLOCK))
+    blocks = wide.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, c, 128]
+    scale = blocks.abs().amax((-3, -1)).clamp_(min=LEAST_AMAX) / FLOAT8_MAX
+    scaled = (blocks / scale.unsqueeze(-2).unsqueeze(-1)).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
+    return scaled.flatten(-2).flatten(-3, -2)[..., :N, :C].to(FLOAT8), scale
+
+
+def dequantize_blocks(values_NC: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+    """Float32 [..., N, C]: each value times the scale of its block, exactly. ``values`` may be rows of a larger matrix,
+    the first of them ``first_row``, with the scales of all of it.
+    """
+    N, C = values_NC.shape[-2:]
+    rows = torch.arange(first_row, first_row + N, device=scale.device) // BLOCK
+    full = scale.float().index_select(-2, rows).repeat_interleave(BLOCK, dim=-1)[..., :C]
+    return values_NC.float().mul_(full)

@@ -1,4 +1,6 @@
-"""Rows to float8 with a scale each, alone or after the gated activation, in one pass. R rows, C or F channels."""
+"""Rows to float8 in one pass, alone or after the gated activation, with a scale a row or one for each 128 channels.
+R rows, C or F channels.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,62 @@ def _swiglu_quantize_kernel(
     _store_row(values, inside, out_ptr, scale_ptr, row, column, F, LEAST, MOST)
 
 
+@triton.jit
+def _store_groups(values, inside, out_ptr, scale_ptr, row, column, C, R, LEAST: tl.constexpr, MOST: tl.constexpr):
+    scale = tl.maximum(tl.max(tl.abs(values), axis=1), LEAST) / MOST
+    scaled = tl.minimum(tl.maximum(values / scale[:, None], -MOST), MOST)
+    tl.store(out_ptr + row * C + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+    group = tl.arange(0, values.shape[0])
+    tl.store(scale_ptr + group.to(tl.int64) * R + row, scale, mask=group * values.shape[1] < C)
+
+
+@triton.jit
+def _quantize_groups_kernel(
+    x_ptr, out_ptr, scale_ptr, row_stride, C, R, LEAST: tl.constexpr, MOST: tl.constexpr, GROUPS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < C
+    values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    _store_groups(values, inside, out_ptr, scale_ptr, row, column, C, R, LEAST, MOST)
+
+
+@triton.jit
+def _swiglu_quantize_groups_kernel(
+    gate_ptr, up_ptr, out_ptr, scale_ptr, row_stride, F, R, LEAST: tl.constexpr, MOST: tl.constexpr, GROUPS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < F
+    kind = gate_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    values = (silu * up).to(kind).to(tl.float32)
+    _store_groups(values, inside, out_ptr, scale_ptr, row, column, F, R, LEAST, MOST)
+
+
+def quantize_groups_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, C], contiguous, and float32 scales [C / 128, R]; channels of ``x`` are adjacent."""
+    R, C = x_RC.shape
+    out, scale = _group_outputs(x_RC, R, C)
+    if R:
+        _quantize_groups_kernel[(R,)](x_RC, out, scale, x_RC.stride(0), C, R, **_group_constants(C))
+    return out, scale
+
+
+def swiglu_quantize_groups_kernel(gate_RF: torch.Tensor, up_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, F] of ``silu(gate) * up`` and float32 scales [F / 128, R]; both inputs have the same strides."""
+    R, F = gate_RF.shape
+    assert gate_RF.stride(1) == 1, gate_RF.stride()
+    assert gate_RF.stride() == up_RF.stride(), (gate_RF.stride(), up_RF.stride())
+    out, scale = _group_outputs(gate_RF, R, F)
+    if R:
+        kernel = _swiglu_quantize_groups_kernel[(R,)]
+        kernel(gate_RF, up_RF, out, scale, gate_RF.stride(0), F, R, **_group_constants(F))
+    return out, scale
+
+
 def quantize_rows_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Float8 values [R, C], contiguous, and float32 scales [R]; channels of ``x`` are adjacent."""
     R, C = x_RC.shape
@@ -72,3 +130,15 @@ def _constants(width: int) -> dict[str, float | int]:
 
     block = triton.next_power_of_2(width)
     return {"LEAST": LEAST_AMAX, "MOST": FLOAT8_MAX, "BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def _group_outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    return values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device)
+
+
+def _group_constants(width: int) -> dict[str, float | int]:
+    from ..quantize import FLOAT8_MAX, LEAST_AMAX
+
+    groups = triton.next_power_of_2(width // 128)
+    return {"LEAST": LEAST_AMAX, "MOST": FLOAT8_MAX, "GROUPS": groups, "num_warps": max(1, min(8, groups // 4))}

@@ -1,0 +1,167 @@
+"""The routed experts of one layer in float8 with block scales. T tokens, K top-k, E experts, D channels, I expert
+channels, R = T K rows, M rows with alignment, G groups of 128 channels.
+
+Products are those of DeepGEMM (package ``sgl-deep-gemm``, Hopper): activations with a scale for each 128 channels of a
+row, weights with one for each 128 x 128 block, which is how checkpoints are published. Its rows come in groups that
+begin at multiples of 128; the rows in between are computed and never read. A bank is E times gate, up and down without
+gaps: 3 E matrices of equal size, of which a product takes every third.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from .backend import triton_enabled
+from .quantize import BLOCK, FLOAT8, dequantize_blocks, quantize_groups, swiglu_quantize_groups
+
+ALIGNMENT = 128  # rows; DeepGEMM's contiguous layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlignedRows:
+    """Rows sorted by expert, each expert's from a multiple of ``ALIGNMENT`` on.
+
+    ``token`` int64 [M]: which token a row is, 0 in between. ``expert`` int32 [M]: whose it is, -1 behind the last.
+    ``row_of_slot`` int64 [T, K]: where each choice went, 0 for choices whose expert is elsewhere.
+    """
+
+    token: torch.Tensor
+    expert: torch.Tensor
+    row_of_slot: torch.Tensor
+
+
+def aligned_rows(ids_TK: torch.Tensor, num_experts: int, num_rows: int | None = None) -> AlignedRows:
+    """Two tokens, ids [1, 0] and [1, 2], three experts: rows 0, 128, 129 and 256 are those of tokens 0, 0, 1 and 1.
+
+    M depends on shapes only: nothing is read on the host. ``num_rows`` as in ``experts``.
+    """
+    T, K = ids_TK.shape
+    rows = T * K if num_rows is None else num_rows
+    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
+    sorted_ids, slot_of_row = sorted_ids[:rows], slot_of_row[:rows]
+    experts = torch.arange(num_experts, device=ids_TK.device)
+    ends = torch.searchsorted(sorted_ids, experts, right=True)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    aligned_ends = aligned.cumsum(0)
+    total = _aligned_total(rows, num_experts)
+    shift = (aligned_ends - aligned) - (ends - counts)
+    row = torch.arange(rows, device=ids_TK.device) + shift.index_select(0, sorted_ids)
+    token = torch.zeros(total, dtype=torch.int64, device=ids_TK.device)
+    token[row] = slot_of_row // K
+    expert = torch.searchsorted(aligned_ends, torch.arange(total, device=ids_TK.device), right=True, out_int32=True)
+    row_of_slot = torch.zeros(T * K, dtype=torch.int64, device=ids_TK.device)
+    row_of_slot[slot_of_row] = row
+    return AlignedRows(token, expert.masked_fill_(expert >= num_experts, -1), row_of_slot.view(T, K))
+
+
+def block_experts_rows(
+    x_TD: torch.Tensor,
+    rows: AlignedRows,
+    gate_up_E2ID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """What each row's expert makes of its token; [M, D], undefined in between.
+
+    ``scales`` float32 [E, 3, I / 128, D / 128] and [E, 3, D / 128, I / 128]: those of gate and up in the first two
+    places, those of down in the third, so that a product finds them at the index of its matrix.
+    """
+    E, D, I = down_EDI.shape
+    dtype = x_TD.dtype
+    assert gate_up_E2ID.stride() == (3 * I * D, D, 1), gate_up_E2ID.stride()
+    assert down_EDI.stride() == (3 * I * D, I, 1), down_EDI.stride()
+    gates, downs = gate_up_E2ID.as_strided((3 * E, I, D), (I * D, D, 1)), _from_bank_start(down_EDI, 2 * I * D)
+    values_TD, scale_GT = quantize_groups(x_TD)
+    rows_MD = values_TD.view(torch.uint8).index_select(0, rows.token).view(FLOAT8)
+    scale_GM = scale_GT.index_select(1, rows.token)
+    first = torch.where(rows.expert < 0, -1, 3 * rows.expert)
+    gate, up = (
+        block_grouped_mm(rows_MD, scale_GM, gates, scales[0].flatten(0, 1), _after(first, which), dtype)
+        for which in (0, 1)
+    )
+    hidden_MI, scale_GM = swiglu_quantize_groups(gate, up)
+    return block_grouped_mm(hidden_MI, scale_GM, downs, scales[1].flatten(0, 1), _after(first, 2), dtype)
+
+
+def ref_block_grouped_mm(
+    rows_MC: torch.Tensor,
+    scale_GM: torch.Tensor,
+    weight_BNC: torch.Tensor,
+    weight_scale: torch.Tensor,
+    matrix_M: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Each row times the matrix ``matrix_M`` [M] says, transposed; [M, N], zero where it says -1. Reads on the host."""
+    out = torch.zeros(len(rows_MC), weight_BNC.shape[1], dtype=dtype, device=rows_MC.device)
+    wide = rows_MC.float() * scale_GM.t().repeat_interleave(BLOCK, dim=1)
+    for matrix in matrix_M.unique().tolist():
+        if matrix >= 0:
+            mine = matrix_M == matrix
+            out[mine] = (wide[mine] @ dequantize_blocks(weight_BNC[matrix], weight_scale[matrix]).t()).to(dtype)
+    return out
+
+
+def block_grouped_mm(
+    rows_MC: torch.Tensor,
+    scale_GM: torch.Tensor,
+    weight_BNC: torch.Tensor,
+    weight_scale: torch.Tensor,
+    matrix_M: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``ref_block_grouped_mm``, by DeepGEMM on a GPU; rows of -1 are undefined there. ``matrix_M`` int32 is the same
+    within each run of ``ALIGNMENT`` rows.
+    """
+    if not rows_MC.is_cuda:
+        return ref_block_grouped_mm(rows_MC, scale_GM, weight_BNC, weight_scale, matrix_M, dtype)
+    import deep_gemm
+
+    out = torch.empty(len(rows_MC), weight_BNC.shape[1], dtype=dtype, device=rows_MC.device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((rows_MC, scale_GM.t()), (weight_BNC, weight_scale), out, matrix_M)
+    return out
+
+
+def blocks_refused(hidden_size: int, expert_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why block-scaled experts of these sizes cannot be computed on a device as they are; None: they can."""
+    if hidden_size % BLOCK or expert_size % BLOCK:
+        return f"hidden size {hidden_size} or expert size {expert_size} is not a multiple of {BLOCK}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "the device is no Hopper GPU"
+    if dtype != torch.bfloat16:
+        return f"activations are {dtype}, not bfloat16"
+    if not triton_enabled() or not _has_deep_gemm():
+        return "the package sgl-deep-gemm is not installed"
+    return None
+
+
+@functools.cache
+def _has_deep_gemm() -> bool:
+    """The package is there and loads; it may be built for another torch."""
+    if importlib.util.find_spec("deep_gemm") is None:
+        return False
+    try:
+        import deep_gemm
+    except (ImportError, OSError, RuntimeError, AssertionError):
+        return False
+    return hasattr(deep_gemm, "m_grouped_fp8_gemm_nt_contiguous")
+
+
+def _aligned_total(rows: int, num_experts: int) -> int:
+    """The most rows that groups of ``rows`` rows together can take when each is aligned."""
+    groups = min(rows, num_experts)
+    return (rows + groups * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+
+
+def _after(first: torch.Tensor, which: int) -> torch.Tensor:
+    return torch.where(first < 0, -1, first + which).to(torch.int32)
+
+
+def _from_bank_start(down_EDI: torch.Tensor, offset: int) -> torch.Tensor:
+    """All 3 E matrices as if each were a down projection [D, I]; only every third is one."""
+    E, D, I = down_EDI.shape
+    return down_EDI.as_strided((3 * E, D, I), (D * I, I, 1), down_EDI.storage_offset() - offset)
