@@ -55,7 +55,9 @@ class Float8Rows:
 Matrix = torch.Tensor | Float8Rows
 
 
-def ref_linear(x_RC: Float8Rows, weight_NC: Float8Rows, bias_N: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def ref_linear(
+    x_RC: Float8Rows, weight_NC: Float8Rows, bias_N: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """The product of what the values stand for, summed in float32 and rounded once, before the bias; [R, N]."""
     out = (x_RC.values.float() @ weight_NC.values.float().t()) * x_RC.scale[:, None] * weight_NC.scale
     return out.to(dtype) if bias_N is None else out.to(dtype) + bias_N

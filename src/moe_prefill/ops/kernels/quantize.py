@@ -67,7 +67,16 @@ def _quantize_groups_kernel(
 
 @triton.jit
 def _swiglu_quantize_groups_kernel(
-    gate_ptr, up_ptr, out_ptr, scale_ptr, row_stride, F, R, LEAST: tl.constexpr, MOST: tl.constexpr, GROUPS: tl.constexpr
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    scale_ptr,
+    row_stride,
+    F,
+    R,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -90,7 +99,7 @@ def quantize_groups_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def swiglu_quantize_groups_kernel(gate_RF: torch.Tensor, up_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 values [R, F] of ``silu(gate) * up`` and float32 scales [F / 128, R]; both inputs have the same strides."""
+    """Float8 values [R, F] of ``silu(gate) * up`` and float32 scales [F / 128, R]; both inputs have equal strides."""
     R, F = gate_RF.shape
     assert gate_RF.stride(1) == 1, gate_RF.stride()
     assert gate_RF.stride() == up_RF.stride(), (gate_RF.stride(), up_RF.stride())
