@@ -6,9 +6,9 @@ K entries of a top-k list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -210,8 +210,9 @@ class RunStats:
     sweeps: int = 0
     requests: int = 0
     prompt_tokens: int = 0  # before sharing
-    computed_tokens: int = 0  # after sharing
-    flops: int = 0  # true FLOPs after sharing
+    computed_tokens: int = 0  # after sharing and hits in the pool
+    pooled_tokens: int = 0  # of those saved, the ones whose K and V an earlier sweep left in the pool
+    flops: int = 0  # true FLOPs of what was computed
     busy_s: float = 0.0
     exposed_s: float = 0.0  # of it, what the computation waited for expert banks
     moved_bytes: int = 0  # of expert banks, over any link
@@ -255,6 +256,15 @@ class ScoringEngine(Protocol):
     def score(self, requests: Sequence[AtomicRequest]) -> list[AtomicResult | Exception]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class StartingEngine(Protocol):
+    """An engine that can begin with a list while another one is computed. ``start`` hands a list in; calling what it
+    returns waits for the answers, as ``score`` would give them.
+    """
+
+    def start(self, requests: Sequence[AtomicRequest]) -> Callable[[], list[AtomicResult | Exception]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

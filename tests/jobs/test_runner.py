@@ -67,6 +67,41 @@ def interrupt(source: Path, output: Path, after: int = 2, **options: Any) -> Non
         run(source, output, engine=Interrupt(after), **options)
 
 
+class Starting(FakeEngine):
+    """Begins with a list before another one is waited for; ``log`` says what happened. Stops at wait ``after``."""
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.log: list[str] = []
+        self._after = after
+
+    def start(self, requests: Any) -> Any:
+        number = sum(entry.startswith("start") for entry in self.log)
+        self.log.append(f"start {number}")
+
+        def wait() -> Any:
+            if number == self._after:
+                raise KeyboardInterrupt
+            self.log.append(f"wait {number}")
+            return self.score(requests)
+
+        return wait
+
+
+def test_the_next_window_begins_before_one_is_waited_for(source: Path, tmp_path: Path) -> None:
+    engine, whole, cut = Starting(), tmp_path / "whole.csv", tmp_path / "cut.csv"
+    run(source, whole, engine=engine, window_rows=10)
+    assert engine.log == ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]
+    run(source, tmp_path / "plain.csv", window_rows=10)
+    assert whole.read_bytes() == (tmp_path / "plain.csv").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, cut, engine=Starting(after=1), window_rows=10)
+    resumed = Starting()
+    run(source, cut, engine=resumed, window_rows=10, resume=True)
+    assert len(resumed.log) == 4, "the window that was waited for is kept; of the one begun ahead nothing is"
+    assert cut.read_bytes() == whole.read_bytes()
+
+
 def test_a_window_is_one_call_and_errors_stay_in_their_rows(source: Path, tmp_path: Path) -> None:
     engine = FakeEngine()
     summary = run(source, tmp_path / "out.jsonl", engine=engine, window_rows=10)

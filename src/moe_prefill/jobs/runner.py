@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, TYPE_CHECKING, Protocol
 
-from ..core import Column, ScoringEngine
+from ..core import AtomicResult, Column, ScoringEngine, StartingEngine
 from ..errors import InputError, UsageError
 from .ahead import one_ahead
 from .answers import Answers, Group, error_column, groups_of
@@ -39,6 +39,10 @@ class JobConfig:
     label_column: str | None = None
     chat_date: str | None = None
     labels: tuple[str, ...] | None = None
+
+
+# A group, the number of its requests, and what waits for their answers.
+_Started = tuple[Group, int, Callable[[], list[AtomicResult | Exception]]]
 
 
 class Observer(Protocol):
@@ -128,10 +132,9 @@ class _Job:
         """Score windows one after another; yields the counts of each once it is kept."""
         answers = self._answers()
         with one_ahead(self._prepared(windows)) as groups:
-            for group in groups:
-                requests = group.requests()
-                self.observer.scoring(group, len(requests))
-                answers.add(group, self.engine.score(requests) if requests else [])
+            for group, num_requests, wait in _started(groups, self.engine):
+                self.observer.scoring(group, num_requests)
+                answers.add(group, wait())
                 if group.last:
                     write = partial(_write, self.writer, group.batch, answers.rows)
                     self.output.write(group.window, write, answers.counts)
@@ -170,6 +173,26 @@ class _Job:
             label_column=self.config.label_column,
             chat_date=self.config.chat_date,
         )
+
+
+def _started(groups: Iterable[Group], engine: ScoringEngine) -> Iterator[_Started]:
+    """Each group with the number of its requests and the call that waits for its answers. An engine that can begins
+    with the next group before this one is waited for, so that no worker is idle while the last of a window are busy.
+    """
+    if not isinstance(engine, StartingEngine):
+        for group in groups:
+            requests = group.requests()
+            yield group, len(requests), partial(engine.score, requests) if requests else list
+        return
+    before: _Started | None = None
+    for group in groups:
+        requests = group.requests()
+        started = group, len(requests), engine.start(requests)
+        if before is not None:
+            yield before
+        before = started
+    if before is not None:
+        yield before
 
 
 def _write(writer: TableWriter, batch: Batch, rows: Sequence[Row], file: IO[bytes]) -> None:

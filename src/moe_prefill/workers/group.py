@@ -65,13 +65,14 @@ class WorkerGroup:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._arrived: list[tuple[int, Message]] = []
 
-    def start(self) -> list[Ready]:
+    def start(self, generation: int = 0) -> list[Ready]:
         """Start the processes and wait until every engine is built. Raises WorkerLost and Closed."""
         with _listen(self._directory / "socket") as listener, socket.create_server(("127.0.0.1", 0)) as store:
             self._selector.register(listener, selectors.EVENT_READ)
             for rank in range(self.size):
                 self._processes.append(self._spawn(rank, store))
-            start = Start(config=self._config, size=self.size, store_port=store.getsockname()[1])
+            port = store.getsockname()[1]
+            start = Start(config=self._config, size=self.size, store_port=port, generation=generation)
             ready = self._wait_until_ready(listener, start)
             self._selector.unregister(listener)
         shutil.rmtree(self._directory)
@@ -86,9 +87,9 @@ class WorkerGroup:
             raise self._lost(rank) from None
         self._selector.modify(channel.socket, _events(channel), channel)
 
-    def poll(self, timeout_s: float = _TICK_S) -> list[tuple[int, Message]]:
-        """Messages with the ranks that sent them, after at most ``timeout_s``. Raises WorkerLost and Closed."""
-        for key, _ in self._selector.select(timeout_s):
+    def poll(self, timeout_s: float | None = None) -> list[tuple[int, Message]]:
+        """Messages with the ranks that sent them, after at most ``timeout_s``, or a tick. Raises WorkerLost, Closed."""
+        for key, _ in self._selector.select(_TICK_S if timeout_s is None else min(timeout_s, _TICK_S)):
             if isinstance(key.data, Channel):
                 self._attend(key.data)
             elif key.fileobj is self._wake:
