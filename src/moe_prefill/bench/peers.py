@@ -1,0 +1,60 @@
+"""Other engines on the same cells, each side in a process of its own, one after the other: the GPU's memory is free
+when the next one starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..errors import UsageError, WorkerError
+from .job import Job
+
+PEERS = ("vllm", "transformers")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_peer(name: str, site: str | None) -> None:
+    """UsageError: the peer is not known, or not installed. ``site``: a folder of packages outside our environment."""
+    if name not in PEERS:
+        raise UsageError(f"peer {name!r} is not known; peers: {', '.join(PEERS)}")
+    if importlib.util.find_spec(name) is None and not (site and (Path(site) / name).is_dir()):
+        where = f", nor in {site}" if site else ""
+        raise UsageError(
+            f"{name} is not installed in {sys.prefix}{where}; install it, or give its folder with --peer-site"
+        )
+
+
+def run_side(side: str, job: Job, *, site: str | None = None) -> list[dict[str, Any]]:
+    """Cells of ``ours`` or of a peer, computed in a process that has ended when this returns. WorkerError, with the
+    side's last words on stderr, when it failed.
+    """
+    with TemporaryDirectory(prefix="moe-prefill-bench-") as folder:
+        given, found = Path(folder) / "job.json", Path(folder) / "cells.json"
+        job.save(given)
+        paths = [*([site] if site else []), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ended = subprocess.run(
+            [sys.executable, "-m", f"moe_prefill.bench.sides.{side}", str(given), str(found)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            check=False,
+        )
+        if ended.returncode or not found.exists():
+            raise WorkerError(f"the process of {side} ended with code {ended.returncode}; its messages are above")
+        cells: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
+    return cells
+
+
+def compared(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our cells with a peer's figures and the ratio of tokens/s beside them; both in the order of the job's cells."""
+    assert len(ours) == len(theirs), (len(ours), len(theirs))
+    return [
+        mine | peer | {"ratio": mine["tokens_per_s"] / peer["peer_tokens_per_s"]}
+        for mine, peer in zip(ours, theirs, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What the processes of a comparison run: ``python -m moe_prefill.bench.sides.NAME JOB CELLS``."""
