@@ -5,9 +5,11 @@ import torch
 
 from moe_prefill.ops.experts import ref_combine
 from moe_prefill.ops.grouped import ref_grouped_mm
+from moe_prefill.ops.permute import ExpertOrder, ref_order_by_expert, ref_permute
 from moe_prefill.ops.quantize import ref_quantize_rows
-from moe_prefill.ops.rms_norm import ref_rms_norm
+from moe_prefill.ops.rms_norm import ref_add_rms_norm_, ref_rms_norm
 from moe_prefill.ops.rope import ref_apply_rope, rope_tables
+from moe_prefill.ops.router import ref_top_k_weights
 from moe_prefill.ops.swiglu import ref_swiglu
 from tests.conftest import DEVICE
 
@@ -31,6 +33,82 @@ def test_rms_norm(rows, width, dtype):
     for x in (wide[:, :width], wide[:, :width].contiguous()):
         weight = random(width, dtype=dtype, seed=1)
         torch.testing.assert_close(rms_norm_kernel(x, weight, 1e-6), ref_rms_norm(x, weight, 1e-6), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 40), (3, 256), (0, 16)])
+def test_add_rms_norm(rows, width, dtype):
+    from moe_prefill.ops.kernels.rms_norm import add_rms_norm_kernel_
+
+    wide, both = random(rows, width + 8, dtype=dtype), random(rows, 2 * width, dtype=dtype, seed=2)
+    delta = both[:, width:]
+    x, weight = wide[:, :width], random(width, dtype=dtype, seed=1)
+    expected = x.clone()
+    want = ref_add_rms_norm_(expected, delta, weight, 1e-6)
+    beside = wide[:, width:].clone()
+    torch.testing.assert_close(add_rms_norm_kernel_(x, delta, weight, 1e-6), want, **TOLERANCE[dtype])
+    torch.testing.assert_close(x, expected, **TOLERANCE[dtype])
+    assert torch.equal(wide[:, width:], beside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (37, 7, 2), (70, 128, 8), (9, 512, 16), (0, 4, 2)])
+def test_top_k(tokens, experts, top_k, normalize, dtype):
+    from moe_prefill.ops.kernels.router import top_k_kernel
+
+    wide = random(tokens, experts + 3, dtype=torch.float32).mul(4).round().div(2)  # of few values: many are equal
+    for logits in (wide.to(dtype)[:, :experts], wide[:, :experts].add(random(tokens, experts, dtype=torch.float32))):
+        weights, ids = top_k_kernel(logits, top_k, normalize=normalize, dtype=torch.float32)
+        want, want_ids = ref_top_k_weights(logits, top_k, normalize=normalize, dtype=torch.float32)
+        torch.testing.assert_close(weights, want, rtol=1e-5, atol=1e-7)
+        assert torch.equal(ids, want_ids)
+
+
+def test_top_k_of_rows_that_are_not_finite():
+    from moe_prefill.ops.kernels.router import top_k_kernel
+
+    logits = random(4, 40, dtype=torch.float32)
+    logits[0, 3], logits[1, 5], logits[2, 7] = torch.nan, torch.inf, -torch.inf
+    weights, ids = top_k_kernel(logits, 8, normalize=True, dtype=torch.bfloat16)
+    want, want_ids = ref_top_k_weights(logits, 8, normalize=True, dtype=torch.bfloat16)
+    assert torch.isnan(weights[:2]).all()
+    assert torch.isnan(want[:2]).all()
+    assert torch.equal(ids, want_ids)
+    assert all(len(row) == len(set(row)) and 0 <= min(row) <= max(row) < 40 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "elsewhere"),
+    [(1, 1, 1, 0), (40, 5, 2, 0), (129, 128, 8, 0), (70, 7, 16, 0), (100, 60, 3, 25), (64, 512, 4, 200), (0, 3, 2, 0)],
+)
+def test_order_and_permutation(tokens, experts, top_k, elsewhere):
+    from moe_prefill.ops.kernels.order import order_by_expert_kernel
+    from moe_prefill.ops.kernels.permute import permute_kernel
+
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, experts + elsewhere, (tokens, top_k), generator=draw).to(DEVICE)
+    rows = int((ids < experts).sum())
+    want = ref_order_by_expert(ids, experts, rows)
+    got = ExpertOrder(*order_by_expert_kernel(ids, experts, rows))
+    assert torch.equal(got.ends_E, want.ends_E)
+    assert torch.equal(got.token_of_row_R, want.token_of_row_R.int())
+    assert torch.equal(got.row_of_slot_TK, want.row_of_slot_TK.int())
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        x = random(tokens, 56, dtype=dtype)[:, :40]
+        assert torch.equal(permute_kernel(x, got.row_of_slot_TK, rows).float(), ref_permute(x, want).float())
+
+
+def test_order_of_more_blocks_than_are_summed_at_a_time(monkeypatch):
+    from moe_prefill.ops.kernels import order
+
+    monkeypatch.setattr(order, "_SLOTS", 32)
+    monkeypatch.setattr(order, "_SCANNED", 4)
+    ids = torch.randint(0, 6, (130, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    want = ref_order_by_expert(ids, 6)
+    _, tokens, rows = order.order_by_expert_kernel(ids, 6, ids.numel())
+    assert torch.equal(tokens, want.token_of_row_R.int())
+    assert torch.equal(rows, want.row_of_slot_TK.int())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,6 +163,7 @@ def test_combine(tokens, top_k, width, dtype):
 
     rows = random(tokens * top_k, width, dtype=dtype)
     slots = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(3)).view(tokens, top_k).to(DEVICE)
+    slots[0, 0] = -1  # of no row here
     weights, residual = random(tokens, top_k, dtype=dtype, seed=4), random(tokens, width, dtype=dtype, seed=5)
     torch.testing.assert_close(
         combine_kernel(rows, slots, weights, residual), ref_combine(rows, slots, weights, residual), **TOLERANCE[dtype]

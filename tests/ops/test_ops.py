@@ -1,15 +1,20 @@
 """Ops against definitions that are independent of how they are computed."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from moe_prefill import ops
 from moe_prefill.ops.attention import Spans, ref_attention
 from moe_prefill.ops.experts import ref_experts
 from moe_prefill.ops.grouped import ref_grouped_mm
+from moe_prefill.ops.rms_norm import ref_rms_norm
 from tests.conftest import DEVICE
 
 
@@ -102,6 +107,48 @@ def test_experts_that_nobody_chose_and_one_that_all_chose():
     ids, weights = torch.full((9, 1), 3, device=DEVICE), torch.ones(9, 1, device=DEVICE)
     got = ops.experts(x, weights, ids, gate_up, down, torch.zeros_like(x))
     torch.testing.assert_close(got, ref_experts(x, weights, ids, gate_up, down), rtol=1e-4, atol=1e-4)
+
+
+def test_order_example_of_the_docstring():
+    order = ops.order_by_expert(torch.tensor([[1, 0], [1, 2]], device=DEVICE), 3)
+    assert order.ends_E.tolist() == [1, 3, 4]
+    assert order.token_of_row_R.tolist() == [0, 0, 1, 1]
+    assert order.row_of_slot_TK.tolist() == [[1, 0], [2, 3]]
+
+
+@given(
+    arrays(np.int64, st.tuples(st.integers(1, 40), st.integers(1, 5)), elements=st.integers(0, 8)), st.integers(1, 9)
+)
+def test_an_experts_rows_are_together_and_in_token_order(ids, experts):
+    order = ops.order_by_expert(torch.from_numpy(ids).to(DEVICE), experts, int((ids < experts).sum()))
+    ends, tokens, rows = (t.cpu().numpy() for t in (order.ends_E, order.token_of_row_R, order.row_of_slot_TK))
+    assert np.diff(ends, prepend=0).tolist() == np.bincount(ids[ids < experts], minlength=experts).tolist()
+    assert sorted(rows[ids < experts].tolist()) == list(range(len(tokens)))
+    assert (rows[ids >= experts] == -1).all()
+    for token, slot in zip(*np.nonzero(ids < experts), strict=True):
+        row = rows[token, slot]
+        assert tokens[row] == token
+        assert ends[ids[token, slot]] - np.sum(ids == ids[token, slot]) <= row < ends[ids[token, slot]]
+    for low, high in itertools.pairwise([0, *ends]):
+        assert (np.diff(tokens[low:high]) >= 0).all()
+
+
+def test_rows_of_another_bank_add_nothing():
+    rows, residual = random(2, 8), random(1, 8, seed=1)
+    weights, slots = torch.ones(1, 2, device=DEVICE), torch.tensor([[-1, 1]], device=DEVICE)
+    torch.testing.assert_close(ops.combine(rows, slots, weights, residual)[0], residual[0] + rows[1])
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+def test_a_residual_is_added_and_normed(dtype):
+    wide, delta = random(5, 24, dtype=dtype), random(5, 16, dtype=dtype, seed=1)
+    weight = random(16, dtype=dtype, seed=2)
+    x = wide[:, :16]
+    want = x + delta
+    normed = ops.add_rms_norm_(x, delta, weight, 1e-6)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.equal(wide[:, :16], want)
+    torch.testing.assert_close(normed, ref_rms_norm(want, weight, 1e-6), **tolerance)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

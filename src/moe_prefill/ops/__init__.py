@@ -9,18 +9,21 @@ from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
 from .linear import Float8Rows, Matrix, linear
 from .merge import merge_
+from .permute import ExpertOrder, order_by_expert, permute
 from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
-from .rms_norm import rms_norm
+from .rms_norm import add_rms_norm_, rms_norm
 from .rope import head_norm_rope, rope_tables
-from .router import route
+from .router import route, top_k_weights
 from .swiglu import swiglu
 
 __all__ = [
     "BLOCK",
     "FLOAT8",
+    "ExpertOrder",
     "Float8Rows",
     "Matrix",
     "Spans",
+    "add_rms_norm_",
     "attention",
     "blocks_refused",
     "candidate_logits",
@@ -35,6 +38,8 @@ __all__ = [
     "head_norm_rope",
     "linear",
     "merge_",
+    "order_by_expert",
+    "permute",
     "quantize_blocks",
     "quantize_rows",
     "rms_norm",
@@ -43,5 +48,6 @@ __all__ = [
     "scaled_grouped_mm",
     "swiglu",
     "swiglu_quantize",
+    "top_k_weights",
     "vocabulary_scores",
 ]

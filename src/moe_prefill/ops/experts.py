@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from .backend import use_triton
 from .block_experts import aligned_rows, block_experts_rows
 from .grouped import grouped_mm, scaled_grouped_mm
+from .permute import order_by_expert, permute
 from .quantize import quantize_rows, swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
 
@@ -45,53 +46,43 @@ def experts(
 ) -> torch.Tensor:
     """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
 
-    Rows are sorted by expert (stable), so that an expert's rows are contiguous; ``slot_of_row`` remembers where each
-    came from. Where only some of the T K ids are in this bank, ``num_rows`` says how many; the others are E or more,
-    cost nothing and add nothing. Float8 matrices come with ``scales`` float32 ([E, 2I], [E, D]); activations are then
-    quantised too, before they are gathered and again after the gated activation; ``x_TD`` may come quantised, with
-    ``x_scale_T``. With block scales (four dimensions, see ``block_experts``) it comes plain.
+    Rows are put in the order of ``order_by_expert``. Where only some of the T K ids are in this bank, ``num_rows``
+    says how many; the others are E or more, cost nothing and add nothing. Float8 matrices come with ``scales`` float32
+    ([E, 2I], [E, D]); activations are then quantised too, before they are gathered and again after the gated
+    activation; ``x_TD`` may come quantised, with ``x_scale_T``. With block scales (four dimensions, see
+    ``block_experts``) it comes plain.
     """
-    num_experts, top_k = gate_up_E2ID.shape[0], ids_TK.shape[1]
-    if num_rows is not None:
-        if num_rows == 0:
-            return residual_TD.clone()
-        weights_TK = weights_TK.masked_fill(ids_TK >= num_experts, 0.0)
+    if num_rows == 0:
+        return residual_TD.clone()
     if scales is not None and scales[0].ndim == 4:
-        rows = aligned_rows(ids_TK, num_experts, num_rows)
+        weights_TK = weights_TK if num_rows is None else weights_TK.masked_fill(ids_TK >= len(gate_up_E2ID), 0.0)
+        rows = aligned_rows(ids_TK, len(gate_up_E2ID), num_rows)
         out_MD = block_experts_rows(x_TD, rows, gate_up_E2ID, down_EDI, scales)
         return combine(out_MD, rows.row_of_slot, weights_TK, residual_TD)
-    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
-    slot_of_row = slot_of_row[:num_rows]
-    ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=x_TD.device), right=True, out_int32=True)
-    token_of_row = slot_of_row // top_k
+    order = order_by_expert(ids_TK, len(gate_up_E2ID), num_rows)
     if scales is None:
-        rows_RD = x_TD.index_select(0, token_of_row)
-        out_RD = grouped_mm(swiglu(grouped_mm(rows_RD, gate_up_E2ID, ends)), down_EDI, ends)
+        hidden_RI = swiglu(grouped_mm(permute(x_TD, order), gate_up_E2ID, order.ends_E))
+        out_RD = grouped_mm(hidden_RI, down_EDI, order.ends_E)
     else:
         values_TD, scale_T = quantize_rows(x_TD) if x_scale_T is None else (x_TD, x_scale_T)
-        rows_RD, scale_R = _gather_bytes(values_TD, token_of_row), scale_T.index_select(0, token_of_row)
-        both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], ends, residual_TD.dtype)
+        rows_RD, scale_R = permute(values_TD, order), scale_T.index_select(0, order.token_of_row_R)
+        both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], order.ends_E, residual_TD.dtype)
         hidden_RI, scale_R = swiglu_quantize(both_R2I)
-        out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], ends, residual_TD.dtype)
-    row_of_slot = torch.zeros_like(sorted_ids, dtype=torch.int64)  # an id elsewhere reads row 0 with weight 0
-    row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=x_TD.device)
-    return combine(out_RD, row_of_slot.view(-1, top_k), weights_TK, residual_TD)
-
-
-def _gather_bytes(values_TD: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``index_select`` of float8 rows, which torch does not have for the type itself."""
-    return values_TD.view(torch.uint8).index_select(0, rows).view(values_TD.dtype)
+        out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], order.ends_E, residual_TD.dtype)
+    return combine(out_RD, order.row_of_slot_TK, weights_TK, residual_TD)
 
 
 def ref_combine(
     rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """``residual + sum_k weights[t, k] * rows[row_of_slot[t, k]]``: the sum in float32, rounded before the residual
-    is added.
+    is added. A slot whose row is negative adds nothing.
     """
     total = torch.zeros(residual_TD.shape, dtype=torch.float32, device=residual_TD.device)
     for k in range(weights_TK.shape[1]):
-        total += rows_RD.index_select(0, row_of_slot_TK[:, k]).float() * weights_TK[:, k, None].float()
+        row = row_of_slot_TK[:, k]
+        added = rows_RD.index_select(0, row.clamp(min=0)).float() * weights_TK[:, k, None].float()
+        total += added.masked_fill(row[:, None] < 0, 0.0)
     return residual_TD + total.to(residual_TD.dtype)
 
 
@@ -105,5 +96,6 @@ def combine(
 
         return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
     # A bag of rows with weights is what an embedding bag sums, in float32, in one pass over the rows.
-    total = F.embedding_bag(row_of_slot_TK, rows_RD, per_sample_weights=weights_TK.to(rows_RD.dtype), mode="sum")
+    weights = weights_TK.to(rows_RD.dtype).masked_fill(row_of_slot_TK < 0, 0.0)
+    total = F.embedding_bag(row_of_slot_TK.clamp(min=0), rows_RD, per_sample_weights=weights, mode="sum")
     return total.add_(residual_TD)

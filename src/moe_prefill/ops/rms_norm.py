@@ -24,6 +24,22 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return _rms_norm(x_TD, weight_D, eps)
 
 
+def ref_add_rms_norm_(x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x += delta`` in place, rounded to its dtype, then the norm of that; a new tensor [T, D]."""
+    return ref_rms_norm(x_TD.add_(delta_TD), weight_D, eps)
+
+
+def add_rms_norm_(x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """``ref_add_rms_norm_`` in one pass over both: a residual that is added and normed."""
+    assert x_TD.shape == delta_TD.shape, (x_TD.shape, delta_TD.shape)
+    assert x_TD.shape[-1] == weight_D.shape[0], (x_TD.shape, weight_D.shape)
+    if use_triton(x_TD):
+        from .kernels.rms_norm import add_rms_norm_kernel_
+
+        return add_rms_norm_kernel_(x_TD, delta_TD, weight_D, eps)
+    return _rms_norm(x_TD.add_(delta_TD), weight_D, eps)
+
+
 def _rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """The reference with few passes over memory; torch would convert operands of mixed types once more each."""
     wide = x_TD.float()

@@ -1,4 +1,4 @@
-"""RMSNorm, one pass over memory. T rows, D channels."""
+"""RMSNorm, alone or after a residual is added, in one pass over memory. T rows, D channels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, delta_ptr, weight_ptr, out_ptr, x_stride, delta_stride, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    source = x_ptr + row * x_stride + column
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        delta = tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = (x + delta).to(kind)
+        tl.store(source, rounded, mask=inside)
+        x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
     # Rounded before the weight, as the reference does.
     normed = (x * scale).to(kind).to(tl.float32)
     tl.store(out_ptr + row * D + column, (weight * normed).to(kind), mask=inside)
@@ -23,11 +31,34 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK: tl.con
 
 def rms_norm_kernel(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """``weight * x / rms(x)`` over the last dimension; a contiguous tensor of the shape of ``x``."""
-    D = x.shape[-1]
-    flat = x.reshape(-1, D)
-    out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    if len(flat):
+    return _launch(x.reshape(-1, x.shape[-1]), None, weight_D, eps).view(x.shape)
+
+
+def add_rms_norm_kernel_(
+    x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``x += delta`` in place, then its norm; a contiguous tensor [T, D]."""
+    assert x_TD.stride(1) == delta_TD.stride(1) == 1, (x_TD.stride(), delta_TD.stride())
+    return _launch(x_TD, delta_TD, weight_D, eps)
+
+
+def _launch(x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    T, D = x_TD.shape
+    out = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
+    if T:
         block = triton.next_power_of_2(D)
-        warps = 4 if block <= 2048 else 8
-        _rms_norm_kernel[(len(flat),)](flat, weight_D, out, flat.stride(0), D, eps, BLOCK=block, num_warps=warps)
-    return out.view(x.shape)
+        delta = x_TD if delta_TD is None else delta_TD
+        _rms_norm_kernel[(T,)](
+            x_TD,
+            delta,
+            weight_D,
+            out,
+            x_TD.stride(0),
+            delta.stride(0),
+            D,
+            eps,
+            ADD=delta_TD is not None,
+            BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )
+    return out
