@@ -85,6 +85,7 @@ class ModelSpec:
     )
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # as published
+    float8_blocks: bool = False  # published with float8 matrices that have a scale for each block of 128 x 128
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)

@@ -88,6 +88,23 @@ class Forest:
                 return self.start[segment] + positions - self.first_position[segment]
             segment = np.where(above, self.parent[segment], segment)
 
+    def needed_rows(self, lengths: Int64Array, held: Int64Array) -> Int64Array:
+        """Packed rows that somebody has to compute, ascending: of a request of ``lengths[r]`` tokens the positions
+        from ``held[r]`` on. The others lie in the pool.
+        """
+        change = np.zeros(self.num_tokens + 1, np.int64)
+        segment = self.tip
+        while len(segment):
+            first = self.first_position[segment]
+            begin, shift = np.maximum(held, first), self.start[segment] - first
+            end = np.minimum(lengths, first + self.stop[segment] - self.start[segment])
+            some = begin < end
+            np.add.at(change, (begin + shift)[some], 1)
+            np.add.at(change, (end + shift)[some], -1)
+            higher = held < first
+            segment, held, lengths = self.parent[segment[higher]], held[higher], lengths[higher]
+        return np.flatnonzero(np.cumsum(change[:-1])).astype(np.int64)
+
     def segment_of_rows(self, rows: Int64Array) -> Int64Array:
         """The segment of each packed row."""
         return np.searchsorted(self.stop, rows, side="right").astype(np.int64)

@@ -5,6 +5,7 @@ what the pool holds. Torch-free; shared by the frontend and the workers.
 from .events import BlockChange, BlockEvents
 from .hashes import BLOCK_TOKENS, BlockHasher, Chain, Digest, common_blocks, held_blocks
 from .pool import BlockPool
+from .sweep import HashedSweep, sibling_blocks, usable_blocks
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -14,6 +15,9 @@ __all__ = [
     "BlockPool",
     "Chain",
     "Digest",
+    "HashedSweep",
     "common_blocks",
     "held_blocks",
+    "sibling_blocks",
+    "usable_blocks",
 ]

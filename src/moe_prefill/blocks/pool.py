@@ -18,6 +18,7 @@ from .events import BlockChange, BlockEvents, ChangeKind
 from .hashes import Chain, Digest, held_blocks
 
 _ONE_OFF_SHARE = 4  # one-off blocks of a sweep may take this part of the pool
+_UNTAKEN = 4  # changes of as many blocks as fill the pool this often are not kept for anybody
 
 
 class BlockPool:
@@ -29,6 +30,8 @@ class BlockPool:
         self._free = list(range(capacity - 1, -1, -1))
         self._readers: dict[Digest, int] = {}
         self._changes: list[BlockChange] = []
+        self._changed = 0  # blocks in them
+        self._unheard = False  # more has changed than is kept for a listener
         self._number = 0
 
     def __len__(self) -> int:
@@ -80,18 +83,26 @@ class BlockPool:
         self._record("used", used)
         return new
 
+    def discard(self, chain: Chain) -> None:
+        """Drop these blocks, with all that continue them: nothing was written for them."""
+        for digest in chain:
+            self._free.append(self._slots.pop(digest))
+        self._record("evicted", chain)
+
     def take_events(self) -> BlockEvents:
-        """What has changed since the last call."""
+        """What has changed since the last call; after a long time in which nobody asked, a snapshot."""
+        if self._unheard:
+            return self.snapshot()
         events = BlockEvents(
             worker=self.worker, generation=self.generation, number=self._number, changes=tuple(self._changes)
         )
         self._number += 1
-        self._changes = []
+        self._changes, self._changed = [], 0
         return events
 
     def snapshot(self) -> BlockEvents:
         """The whole pool; changes that were not taken are in it."""
-        self._changes = [BlockChange("stored", tuple(self._slots))]
+        self._changes, self._unheard = [BlockChange("stored", tuple(self._slots))], False
         events = self.take_events()
         return BlockEvents(
             worker=events.worker,
@@ -115,8 +126,12 @@ class BlockPool:
         return min(wanted, len(self._free))
 
     def _record(self, kind: ChangeKind, digests: Sequence[Digest]) -> None:
-        if digests:
-            self._changes.append(BlockChange(kind, tuple(digests)))
+        if not digests or self._unheard:
+            return
+        self._changes.append(BlockChange(kind, tuple(digests)))
+        self._changed += len(digests)
+        if self._changed > _UNTAKEN * max(self.capacity, 256):
+            self._changes, self._unheard = [], True
 
 
 def _closed(prefixes: Iterable[tuple[Chain, int]], found: dict[Digest, None]) -> dict[Digest, None]:

@@ -6,7 +6,10 @@ front of the segment's own keys (the diagonal call). Under a sliding window ever
 keys are one contiguous range. Numpy only.
 
 A *run* is a contiguous piece of one segment whose rows ask as queries: a whole segment, the part of it that falls
-into a chunk, or, in the last layer, the rows that somebody reads.
+into a chunk, what of it is not in the pool, or, in the last layer, the rows that somebody reads.
+
+Keys are numbered by packed rows of the forest. Where rows come from the pool, they have keys and no residual, and the
+residual's rows are numbered without them.
 """
 
 from __future__ import annotations
@@ -42,9 +45,6 @@ class Runs:
     def rows(self) -> Int64Array:
         return ranges(self.start, self.stop)
 
-    def is_contiguous(self) -> bool:
-        return bool((self.start[1:] == self.stop[:-1]).all())
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCall:
@@ -79,8 +79,8 @@ class AttentionCall:
 class Chunk:
     """Query rows that go through the rest of a layer together.
 
-    ``rows``: their packed rows, a slice where contiguous. ``diagonal`` calls cover every row once; ``levels`` calls
-    cover rows again with ancestors' keys, to be merged.
+    ``rows``: their rows of the residual, a slice where contiguous. ``diagonal`` calls cover every row once;
+    ``levels`` calls cover rows again with ancestors' keys, to be merged.
     """
 
     rows: slice | Int64Array
@@ -122,13 +122,24 @@ def asked_runs(forest: Forest, rows: Int64Array) -> Runs:
     return Runs(runs.segment[lead], runs.start[lead], runs.stop[ends])
 
 
-def chunks(forest: Forest, runs: Runs, *, window: int | None, levels: int, max_rows: int, max_keys: int) -> list[Chunk]:
+def chunks(
+    forest: Forest,
+    runs: Runs,
+    *,
+    computed: Runs | None = None,
+    window: int | None,
+    levels: int,
+    max_rows: int,
+    max_keys: int,
+) -> list[Chunk]:
     """Cut the runs into chunks of at most ``max_rows`` query rows; a call gathers at most about ``max_keys`` keys.
 
-    ``max_keys`` is exceeded only by a call of a single run, whose keys are no longer than its request.
+    ``max_keys`` is exceeded only by a call of a single run, whose keys are no longer than its request. ``computed``:
+    what the residual has rows of, all of the forest by default; the runs are among them.
     """
+    residual = None if computed is None else computed.rows()
     return [
-        _chunk(forest, piece, window=window, levels=0 if window is not None else levels, max_keys=max_keys)
+        _chunk(forest, piece, residual, window=window, levels=0 if window is not None else levels, max_keys=max_keys)
         for piece in _split_rows(runs, max_rows)
     ]
 
@@ -149,11 +160,13 @@ def _split_rows(runs: Runs, max_rows: int) -> Iterator[Runs]:
         yield pieces[low:high]
 
 
-def _chunk(forest: Forest, runs: Runs, *, window: int | None, levels: int, max_keys: int) -> Chunk:
+def _chunk(
+    forest: Forest, runs: Runs, residual: Int64Array | None, *, window: int | None, levels: int, max_keys: int
+) -> Chunk:
     rectangles = [call for level in range(min(levels, forest.max_depth)) for call in _level_calls(forest, runs, level)]
-    rows = slice(int(runs.start[0]), int(runs.stop[-1])) if runs.is_contiguous() else runs.rows()
     diagonal = tuple(_diagonal_calls(forest, runs, window=window, levels=levels, max_keys=max_keys))
-    return Chunk(rows, runs.num_rows, diagonal, tuple(rectangles))
+    rows = runs.rows() if residual is None else np.searchsorted(residual, runs.rows())
+    return Chunk(as_slice(rows), runs.num_rows, diagonal, tuple(rectangles))
 
 
 def _level_calls(forest: Forest, runs: Runs, level: int) -> Iterator[AttentionCall]:
@@ -179,7 +192,7 @@ def _level_calls(forest: Forest, runs: Runs, level: int) -> Iterator[AttentionCa
         first_row=first_row,
         cu_q=np.concatenate([begins, ends[-1:]]).astype(np.int32) - np.int32(first_row),
         cu_k=_cumulative(key_stop - key_start),
-        keys=_as_slice(ranges(key_start, key_stop)),
+        keys=as_slice(ranges(key_start, key_stop)),
         causal=False,
         window=None,
     )
@@ -216,7 +229,7 @@ def _diagonal_calls(
 def _path_keys(forest: Forest, runs: Runs, own: Int64Array, above: Int64Array) -> slice | Int64Array:
     """Packed rows of each run's keys: ``above`` rows of its ancestors, then the last ``own`` rows up to its end."""
     if not above.any():
-        return _as_slice(ranges(runs.stop - own, runs.stop))
+        return as_slice(ranges(runs.stop - own, runs.stop))
     pieces: list[tuple[Int64Array, Int64Array, Int64Array]] = []  # (key, start, stop): later ancestors sort earlier
     order = np.arange(len(runs)) * (forest.max_depth + 2)
     pieces.append((order + forest.max_depth + 1, runs.stop - own, runs.stop))
@@ -229,7 +242,7 @@ def _path_keys(forest: Forest, runs: Runs, own: Int64Array, above: Int64Array) -
     key, start, stop = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     kept = stop > start
     by_run = np.argsort(key[kept], kind="stable")
-    return _as_slice(ranges(start[kept][by_run], stop[kept][by_run]))
+    return as_slice(ranges(start[kept][by_run], stop[kept][by_run]))
 
 
 def _key_groups(keys: Int64Array, max_keys: int) -> Iterator[tuple[int, int]]:
@@ -247,6 +260,7 @@ def _cumulative(lengths: Int64Array) -> Int32Array:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
-def _as_slice(rows: Int64Array) -> slice | Int64Array:
+def as_slice(rows: Int64Array) -> slice | Int64Array:
+    """Ascending rows as a slice where they are contiguous."""
     contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
     return slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows

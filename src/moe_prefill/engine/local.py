@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..blocks import BlockEvents
 from ..config import Sharing
 from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStats, Schedule
 from ..experts import BankSource, TransferStats
@@ -25,6 +26,7 @@ from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
 from ..residency import ResidencyPlan
 from .cores import cores_of
+from .kv import PrefixPool, SweepBlocks
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
@@ -52,6 +54,8 @@ class LocalEngine:
     sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
     ``threads``: cores of a CPU to use. ``residency``: where the banks live, for reports. ``transfers``: what streaming
     cost each of the last sweeps; ``trace`` is told of every one.
+    ``kv_blocks``: size of the pool in which prefixes outlive their sweep; 0: there is none. ``worker`` names it in its
+    events.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class LocalEngine:
         trace: TraceWriter | None = None,
         residency: ResidencyPlan | None = None,
         threads: int = 1,
+        kv_blocks: int = 0,
+        worker: int = 0,
     ) -> None:
         self.spec = spec
         self.memory = memory
@@ -89,6 +95,16 @@ class LocalEngine:
         self._cores = cores_of(device, threads)
         self.transfers: deque[TransferStats] = deque(maxlen=_SWEEPS_KEPT)
         self._stats = RunStats()
+        self._pool = None
+        if kv_blocks:
+            self._pool = PrefixPool(
+                spec,
+                kv_blocks,
+                dtype=weights.embed.dtype,
+                device=device,
+                worker=worker,
+                private_beyond=self.forming.private_beyond,
+            )
 
     @property
     def num_layers(self) -> int:
@@ -137,6 +153,7 @@ class LocalEngine:
             "prune_last": self._prune_last,
             "sweep": [self.memory.max_sweep_tokens, self.memory.chunk_rows, self.memory.max_gathered_keys],
             "logits": self.memory.logits_block_bytes,
+            **({} if self._pool is None else {"kv_blocks": self._pool.blocks.capacity}),
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -163,6 +180,7 @@ class LocalEngine:
     def compute(self, sweeps: Iterable[Sequence[AtomicRequest] | None]) -> Iterator[list[AtomicResult]]:
         """The results of each sweep, in order. A sweep is planned and enqueued while the one before it runs; None
         says that no other is there yet, so the running one is waited for. A sweep of no requests only moves banks.
+        With a pool, a ``HashedSweep`` says what will be asked for again; other lists say it by what they share.
         """
         waiting: _Launched | _Empty | None = None
         for requests in sweeps:
@@ -179,12 +197,24 @@ class LocalEngine:
         self._banks.close()
         if self._trace is not None:
             self._trace.close()
+        self._pool = None
         del self._weights, self._banks
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def take_events(self) -> BlockEvents | None:
+        """What the sweeps enqueued since the last call changed in the pool; None: there is no pool."""
+        return None if self._pool is None else self._pool.blocks.take_events()
+
+    def snapshot(self) -> BlockEvents | None:
+        """The whole pool; None: there is none."""
+        return None if self._pool is None else self._pool.blocks.snapshot()
+
     def plan(self, requests: Sequence[AtomicRequest]) -> SweepPlan:
         """The plan of one sweep, uploaded. The requests are those of one entry of ``forming.sweeps``."""
+        return self._plan(requests, None)
+
+    def _plan(self, requests: Sequence[AtomicRequest], blocks: SweepBlocks | None) -> SweepPlan:
         salts = self.forming.salts(requests)
         return build_sweep_plan(
             requests,
@@ -195,18 +225,29 @@ class LocalEngine:
             self._device,
             prune_last=self._prune_last,
             cores=self._threads,
+            blocks=blocks,
         )
 
     def _launch(self, requests: Sequence[AtomicRequest]) -> _Launched | _Empty:
         if not requests:
             self._run_empty()
             return _Empty()
-        plan = self.plan(requests)
+        if self._pool is None:
+            return self._enqueue(requests, self.plan(requests))
+        blocks = self._pool.take(requests)
+        try:
+            return self._enqueue(requests, self._plan(requests, blocks))
+        except BaseException:
+            self._pool.give_up(blocks)
+            raise
+
+    def _enqueue(self, requests: Sequence[AtomicRequest], plan: SweepPlan) -> _Launched:
         started = time.perf_counter()
         return _Launched(requests, plan, self._run(plan), started)
 
     def _run(self, plan: SweepPlan) -> SweepOutput:
-        return run_sweep(plan, self._decoder, self._weights, self._banks, self.on_layer)
+        tensors = None if self._pool is None else self._pool.tensors
+        return run_sweep(plan, self._decoder, self._weights, self._banks, self.on_layer, self._cores, tensors)
 
     def _run_empty(self) -> None:
         """A rank's part of a round in which it has no requests."""
@@ -231,7 +272,8 @@ class LocalEngine:
         stats.sweeps += 1
         stats.requests += len(sweep.requests)
         stats.prompt_tokens += forest.prompt_tokens
-        stats.computed_tokens += forest.num_tokens
+        stats.computed_tokens += sweep.plan.num_rows
+        stats.pooled_tokens += forest.num_tokens - sweep.plan.num_rows
         stats.flops += sweep.plan.flops
         stats.busy_s += now - max(sweep.started, self._last_end)
         self._last_end = now

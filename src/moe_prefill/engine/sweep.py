@@ -1,6 +1,7 @@
 """One sweep: every row of a packed batch through all layers, layer by layer. No host synchronisation in here.
 
-Letters: T packed rows, D hidden, H query heads, G key/value heads, d head channels.
+Letters: T computed rows, N rows of the forest (those and the ones from the pool), D hidden, H query heads, G key/value
+heads, d head channels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ..experts import BankSource
 from ..models.decoder import Decoder, Rope
 from ..models.weights import ExpertBank, LayerWeights, ModelWeights
 from .cores import ONE_BY_ONE, Cores
-from .plan import DeviceCall, DeviceChunk, HeadPlan, SweepPlan
+from .kv import PoolTensors
+from .plan import DeviceCall, DeviceChunk, HeadPlan, RowBlock, SweepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,17 @@ def run_sweep(
     banks: BankSource[ExpertBank],
     on_layer: Callable[[], None] | None = None,
     cores: Cores = ONE_BY_ONE,
+    pool: PoolTensors | None = None,
 ) -> SweepOutput:
     """Compute what the plan asks; returns tensors still being computed on the current stream. ``on_layer`` is called
-    when a layer has been enqueued.
+    when a layer has been enqueued. ``pool`` has what the plan reads from it and takes what it leaves.
     """
     x = weights.embed.index_select(0, plan.tokens)
     rope = rope_rows(plan, x.dtype)
     banks.begin_sweep()
     for index, layer in enumerate(weights.layers):
         bank = banks.acquire(index)
-        x = run_layer(plan, decoder, layer, bank, index, x, rope, cores)
+        x = run_layer(plan, decoder, layer, bank, index, x, rope, cores, pool)
         banks.release(index)
         if on_layer is not None:
             on_layer()
@@ -82,11 +85,16 @@ def run_layer(
     x_TD: torch.Tensor,
     rope: Rope,
     cores: Cores = ONE_BY_ONE,
+    pool: PoolTensors | None = None,
 ) -> torch.Tensor:
     """The residual after layer ``index``: ``x_TD`` itself, overwritten, or in the last layer only the rows it
     carries.
     """
     k, v = keys_values(plan, decoder, layer, x_TD, rope, cores)
+    if plan.pool is not None:
+        assert pool is not None
+        pool.read(index, plan.pool, k, v)
+        pool.write(index, plan.pool, k, v)
     last = index == decoder.spec.num_layers - 1
     chunks = plan.last_chunks if last else plan.chunks_by_window[decoder.spec.layers[index].window]
     out = x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD
@@ -110,15 +118,19 @@ def keys_values(
     rope: Rope,
     cores: Cores = ONE_BY_ONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of every row, [T, G, d] each: the only per-token memory of a layer beside the residual."""
-    if len(plan.row_blocks) == 1:
+    """K and V of every row, [N, G, d] each, rows of the pool still unset: the only per-token memory of a layer beside
+    the residual.
+    """
+    total = plan.forest.num_tokens
+    if len(plan.row_blocks) == 1 and plan.num_rows == total:
         return decoder.keys_values(layer.attention, x_TD, rope)
     spec = decoder.spec
-    k = x_TD.new_empty(len(x_TD), spec.num_kv_heads, spec.head_dim)
+    k = x_TD.new_empty(total, spec.num_kv_heads, spec.head_dim)
     v = torch.empty_like(k)
 
-    def compute(rows: slice) -> None:
-        k[rows], v[rows] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
+    def compute(block: RowBlock) -> None:
+        rows, keys = block.rows, block.keys
+        k[keys], v[keys] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
 
     cores.each(compute, plan.row_blocks)
     return k, v
