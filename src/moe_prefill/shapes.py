@@ -7,6 +7,8 @@ keys, values; ``gate_up`` rows are gate, then up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .core import ModelSpec
 
 Shape = tuple[int, ...]
@@ -43,6 +45,20 @@ def slot_shapes(spec: ModelSpec) -> dict[str, Shape]:
             mine["down"] = (d_model, spec.dense_size)
         shapes.update({f"layers.{index}.{name}": shape for name, shape in mine.items()})
     return shapes
+
+
+_LINEAR = ("qkv", "out", "gate_up", "down")
+
+
+def float8_slots(shapes: Mapping[str, Shape]) -> set[str]:
+    """The slots beside the banks that are kept in float8 where the model is: linear maps whose sizes the products take.
+    Embeddings, the head, routers and norms stay as they are.
+    """
+    return {
+        slot
+        for slot, shape in shapes.items()
+        if slot.startswith("layers.") and slot.rpartition(".")[2] in _LINEAR and all(size % 16 == 0 for size in shape)
+    }
 
 
 def bank_shapes(spec: ModelSpec) -> dict[str, Shape]:

@@ -27,6 +27,7 @@ class At:
     row: int = 0
     rows: int | None = None
     expert: int | None = None
+    parts: int = 1
 
 
 SHAPES = {"pair": (4, 2), "bank": (2, 3, 2)}

@@ -39,6 +39,7 @@ SPELLING: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "BF16": "bfloat16",
     "F16": "float16",
 }
+SCALE_SUFFIX = "_scale_inv"  # of the tensor that holds another's scales, see ``scales``
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -65,7 +66,8 @@ class Checkpoint:
     @property
     def dtype(self) -> Literal["float32", "bfloat16", "float16"] | None:
         """The first floating-point type met, in torch's spelling: what the weights were saved in."""
-        return next((SPELLING[entry.dtype] for entry in self.entries.values() if entry.dtype in SPELLING), None)
+        stored = (entry.dtype for name, entry in self.entries.items() if not name.endswith(SCALE_SUFFIX))
+        return next((SPELLING[dtype] for dtype in stored if dtype in SPELLING), None)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ModelError
-from .headers import Checkpoint, TensorEntry
+from .headers import SCALE_SUFFIX, Checkpoint, TensorEntry
 from .reader import DTYPES, PieceReader
+from .scales import BlockScales, is_scaled, scales_of
 from .slots import Allocate, Keep, Placement, Shape, allocated, kept_ranges
 
 Place = Callable[[str], Placement | None]
@@ -29,6 +30,7 @@ class Copy:
     slot: str
     index: int | None
     row: int
+    scales: BlockScales | None = None
 
 
 def load_slots(
@@ -47,7 +49,7 @@ def load_slots(
     that usually do; both may know slots that ``shapes`` does not. ``ignore`` names tensors that may be left over.
     ``keep`` limits what is allocated and read to a part of each slot's first dimension. Host memory beside the
     destinations: see ``reader``. ModelError: tensors missing, left over, of the wrong shape or type, or given twice,
-    with counts and the first few names.
+    scales of float8 tensors that are missing or misshapen, with counts and the first few names.
     """
     placements = audit(checkpoint, shapes, place, required, ignore)
     kept = kept_ranges(shapes, keep)
@@ -57,7 +59,7 @@ def load_slots(
         for copy in _copies(checkpoint, placements, kept):
             target = slots[copy.slot] if copy.index is None else slots[copy.slot][copy.index]
             target = target[copy.row : copy.row + len(copy.rows)]
-            reader.copy_rows(copy.entry, copy.rows, target)
+            reader.copy_rows(copy.entry, copy.rows, target, copy.scales)
             filled[copy.slot] += target.numel()
     short = {slot: (count, slots[slot].numel()) for slot, count in filled.items() if count != slots[slot].numel()}
     assert not short, short
@@ -79,18 +81,23 @@ def audit(
         "of the wrong shape": [],
         "of the wrong type": [],
         "given twice": [],
+        "without scales that fit": [],
     }
     for name, entry in checkpoint.entries.items():
         where = place(name)
         if where is None or where.slot not in shapes:
-            if not ignore(name):
+            if not ignore(name) and not _scales_another(checkpoint.entries, shapes, place, name):
                 faults["left over"].append(name)
             continue
         placements[name] = where
         wanted = _shape_at(where, shapes[where.slot])
         if entry.shape != wanted:
             faults["of the wrong shape"].append(f"{name} is {list(entry.shape)} where config.json needs {list(wanted)}")
-        if entry.dtype not in DTYPES:
+        if is_scaled(entry) and len(entry.shape) > 1:
+            scales = scales_of(checkpoint.entries, name, where.parts)
+            if isinstance(scales, str):
+                faults["without scales that fit"].append(scales)
+        elif entry.dtype not in DTYPES:
             faults["of the wrong type"].append(f"{name} is {entry.dtype} where {', '.join(DTYPES)} are read")
         if filled.setdefault(_region(where), name) != name:
             faults["given twice"].append(name)
@@ -109,13 +116,25 @@ def _copies(checkpoint: Checkpoint, placements: Mapping[str, Placement], kept: M
         part, entry = kept.get(where.slot), checkpoint.entries[name]
         if part is None:
             continue
+        scales = scales_of(checkpoint.entries, name, where.parts) if is_scaled(entry) else None
+        assert not isinstance(scales, str), scales
         if where.expert is not None:
             if where.expert in part:
-                yield Copy(entry, range(entry.shape[0]), where.slot, where.expert - part.start, where.row)
+                yield Copy(entry, range(entry.shape[0]), where.slot, where.expert - part.start, where.row, scales)
             continue
         first, last = max(where.row, part.start), min(where.row + entry.shape[0], part.stop)
         if first < last:
-            yield Copy(entry, range(first - where.row, last - where.row), where.slot, None, first - part.start)
+            rows = range(first - where.row, last - where.row)
+            yield Copy(entry, rows, where.slot, None, first - part.start, scales)
+
+
+def _scales_another(entries: Mapping[str, TensorEntry], shapes: Mapping[str, Shape], place: Place, name: str) -> bool:
+    """Whether a tensor holds the scales of a float8 tensor that has a place."""
+    weight = entries.get(name.removesuffix(SCALE_SUFFIX))
+    if weight is None or weight.name == name or not is_scaled(weight):
+        return False
+    where = place(weight.name)
+    return where is not None and where.slot in shapes
 
 
 def _shape_at(where: Placement, slot_shape: Shape) -> Shape:

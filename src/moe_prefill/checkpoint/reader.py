@@ -1,7 +1,9 @@
 """Bytes of a checkpoint straight into the tensors that keep them.
 
 Host memory beside the destinations: nothing where the destination is a CPU tensor of the stored type, else one bounce
-buffer of ``BOUNCE_BYTES`` (page-locked for CUDA), whatever the size of a tensor.
+buffer of ``BOUNCE_BYTES`` (page-locked for CUDA), whatever the size of a tensor. Float8 tensors with block scales are
+widened by the device that the destination names, ``SCALED_BYTES`` (or one expert) at a time, unless it keeps them as
+they are.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from ..ops import BLOCK, FLOAT8, dequantize_blocks
 from .headers import SIZES, Checkpoint, TensorEntry
+from .scales import BlockScales, check_scales
+from .slots import BlockTarget
 
 BOUNCE_BYTES = 64 * 1024 * 1024
+SCALED_BYTES = 8 * 1024 * 1024
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class PieceReader:
-    """Copies rows of stored tensors into destinations; keeps one file open, so read in file order."""
+    """Copies rows of stored tensors into destinations; keeps two files open, of tensors and of scales, so read in file
+    order.
+    """
 
     def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file: FileIO | None = None
+        self._files: dict[bool, FileIO] = {}
         self._bounce: torch.Tensor | None = None
 
     def __enter__(self) -> PieceReader:
@@ -35,13 +42,20 @@ class PieceReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._path = self._file = self._bounce = None
+        for file in self._files.values():
+            file.close()
+        self._files, self._bounce = {}, None
 
-    def copy_rows(self, entry: TensorEntry, rows: range, destination: torch.Tensor) -> None:
-        """Fill ``destination`` [len(rows), ...] with these rows of the stored tensor, converting its type."""
+    def copy_rows(
+        self, entry: TensorEntry, rows: range, destination: torch.Tensor, scales: BlockScales | None = None
+    ) -> None:
+        """Fill ``destination`` [len(rows), ...] with these rows of the stored tensor, converting its type. A float8
+        tensor comes with its ``scales``; ModelError where these are not finite.
+        """
         assert tuple(destination.shape) == (len(rows), *entry.shape[1:]), (entry, rows, tuple(destination.shape))
+        if scales is not None:
+            self._copy_scaled(entry, rows, destination, scales)
+            return
         row_bytes = math.prod(entry.shape[1:]) * SIZES[entry.dtype]
         at = entry.begin + rows.start * row_bytes
         dtype = DTYPES[entry.dtype]
@@ -55,6 +69,31 @@ class PieceReader:
             self._fill(entry, at + first * row_bytes, staged)
             part.copy_(staged.view(dtype).view(part.shape))
 
+    def _copy_scaled(self, entry: TensorEntry, rows: range, destination: torch.Tensor, scales: BlockScales) -> None:
+        """Pieces of whole matrices where the tensor is a stack of them, else of whole blocks."""
+        grid, is_stack = self._read_scales(scales.entry), len(entry.shape) > 2
+        assert is_stack or rows.start % BLOCK == 0, (entry, rows)
+        row_bytes, unit = math.prod(entry.shape[1:]), 1 if is_stack else BLOCK
+        step = max(1, SCALED_BYTES // max(row_bytes * unit, 1)) * unit
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            part = destination[first - rows.start : last - rows.start]
+            staged = self._staging(max(row_bytes * len(part), 1), destination.device)[: row_bytes * len(part)]
+            self._fill(entry, entry.begin + first * row_bytes, staged)
+            values = staged.view(FLOAT8).view(part.shape).to(destination.device)
+            scale = grid[first // unit : -(-last // unit)].to(destination.device)
+            if isinstance(part, BlockTarget):
+                part.copy_blocks(values, scale)
+            else:
+                part.copy_(dequantize_blocks(values, scale, scales.parts))
+
+    def _read_scales(self, entry: TensorEntry) -> torch.Tensor:
+        """All scales of a tensor, float32."""
+        stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._fill(entry, entry.begin, stored, is_scale=True)
+        check_scales(entry.name, stored)
+        return stored.float()
+
     def _staging(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         if self._bounce is None or self._bounce.numel() < num_bytes:
             self._bounce = torch.empty(
@@ -64,11 +103,11 @@ class PieceReader:
             )
         return self._bounce
 
-    def _fill(self, entry: TensorEntry, at: int, target: torch.Tensor) -> None:
+    def _fill(self, entry: TensorEntry, at: int, target: torch.Tensor, *, is_scale: bool = False) -> None:
         """Read the bytes from ``at`` on into a contiguous CPU tensor."""
         buffer: Any = target.reshape(-1).view(torch.uint8).numpy() if target.numel() else b""
         view = memoryview(buffer)
-        file = self._open(entry.path)
+        file = self._open(entry.path, is_scale)
         file.seek(at)
         done = 0
         while done < len(view):
@@ -77,12 +116,13 @@ class PieceReader:
                 raise ModelError(f"{entry.path} ended after byte {at + done:,} while {entry.name} was read.")
             done += count
 
-    def _open(self, path: Path) -> FileIO:
-        if self._file is None or self._path != path:
-            if self._file is not None:
-                self._file.close()
-            self._file, self._path = FileIO(path, "rb"), path
-        return self._file
+    def _open(self, path: Path, is_scale: bool) -> FileIO:
+        file = self._files.get(is_scale)
+        if file is None or file.name != path:
+            if file is not None:
+                file.close()
+            file = self._files[is_scale] = FileIO(path, "rb")
+        return file
 
 
 def same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:

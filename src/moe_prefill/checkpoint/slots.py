@@ -7,7 +7,7 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,7 +19,9 @@ Keep = Callable[[str, Shape], range]
 
 
 class Placement(Protocol):
-    """Where a tensor goes: ``rows`` rows of a slot (None: the rest) from ``row`` on, of ``expert`` if that is set."""
+    """Where a tensor goes: ``rows`` rows of a slot (None: the rest) from ``row`` on, of ``expert`` if that is set.
+    ``parts``: how many matrices of equal height it stacks, where they have scales of their own.
+    """
 
     @property
     def slot(self) -> str: ...
@@ -29,6 +31,16 @@ class Placement(Protocol):
     def rows(self) -> int | None: ...
     @property
     def expert(self) -> int | None: ...
+    @property
+    def parts(self) -> int: ...
+
+
+@runtime_checkable
+class BlockTarget(Protocol):
+    """A place that keeps float8 matrices and the scales of their blocks as they are stored."""
+
+    def copy_blocks(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        """``values`` float8 of the place's shape, ``scale`` float32 with a row for each 128 of its rows."""
 
 
 def keep_all(slot: str, shape: Shape) -> range:

@@ -53,7 +53,7 @@ def _gpu(config: EngineConfig) -> str | None:
 
 def _precision(config: EngineConfig, spec: ModelSpec, gpu: str | None) -> str:
     """Of the experts, as the engine picks it: the published type, in a wider one where it is float16."""
-    if config.quantization == "fp8":
+    if config.quantization == "fp8" or spec.float8_blocks:
         return "float8"
     wanted = spec.dtype if config.dtype == "auto" else config.dtype
     return ("bfloat16" if gpu else "float32") if wanted == "float16" else wanted

@@ -22,7 +22,7 @@ def show_share(options: PlanOptions, spec: ModelSpec) -> None:
     """
     config, strategy = options.config, options.config.strategy
     dtype = computed_dtype(config, spec)
-    experts = bank_dtype(config, dtype)
+    experts = bank_dtype(config, spec, dtype)
     assert strategy != "asyncep"
     shares = [share_of(spec, strategy, rank, options.ranks) for rank in range(options.ranks)]
     share = max(shares, key=lambda each: sum(share_weights(each, dtype, experts).values()))
@@ -51,7 +51,7 @@ def share_fields(options: PlanOptions, share: Share, memory: ShareMemory, dtype:
         "strategy": share.name,
         "gpus": share.size,
         "dtype": dtype,
-        "bank_dtype": bank_dtype(options.config, dtype),
+        "bank_dtype": bank_dtype(options.config, share.whole, dtype),
         "device_bytes": dict(memory.device_bytes),
         "peak_device_bytes": sum(memory.device_bytes.values()),
         "sweep_tokens": sweep.max_sweep_tokens,

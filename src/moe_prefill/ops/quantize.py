@@ -92,11 +92,11 @@ def quantize_blocks(weight_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return scaled.flatten(-2).flatten(-3, -2)[..., :N, :C].to(FLOAT8), scale
 
 
-def dequantize_blocks(values_NC: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-    """Float32 [..., N, C]: each value times the scale of its block, exactly. ``values`` may be rows of a larger matrix,
-    the first of them ``first_row``, with the scales of all of it.
+def dequantize_blocks(values_NC: torch.Tensor, scale: torch.Tensor, parts: int = 1) -> torch.Tensor:
+    """Float32 [..., N, C]: each value times the scale of its block, exactly. A matrix may consist of ``parts`` of equal
+    height, one below the other, each with a grid of its own.
     """
     N, C = values_NC.shape[-2:]
-    rows = torch.arange(first_row, first_row + N, device=scale.device) // BLOCK
-    full = scale.float().index_select(-2, rows).repeat_interleave(BLOCK, dim=-1)[..., :C]
-    return values_NC.float().mul_(full)
+    grids = scale.float().unflatten(-2, (parts, -1))
+    rows = grids.repeat_interleave(BLOCK, dim=-2)[..., : N // parts, :].flatten(-3, -2)
+    return values_NC.float().mul_(rows.repeat_interleave(BLOCK, dim=-1)[..., :C])

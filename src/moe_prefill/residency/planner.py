@@ -26,7 +26,7 @@ from ..memory import (
     sweep_sizes,
     sweep_steps,
 )
-from ..shapes import slot_shapes
+from ..shapes import float8_slots, slot_shapes
 from .levels import (
     Level,
     Levels,
@@ -80,7 +80,7 @@ class _Planner:
         self.spec, self.budget, self.pins = spec, budget, pins
         self.dtype, self.bank_dtype, self.element = dtype, bank_dtype, DTYPE_BYTES[dtype]
         self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
-        self.weights = weight_bytes(spec, self.element)
+        self.weights = weight_bytes(spec, self.element, float8=DTYPE_BYTES[bank_dtype] == 1)
         self.pinned = parse_residency(pins.residency or "auto", spec, budget.ranks)
         self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
 
@@ -250,8 +250,13 @@ class _Planner:
         return f"use a smaller --max-sweep-tokens, {more}"
 
 
-def weight_bytes(spec: ModelSpec, element: int) -> dict[str, int]:
-    """Bytes of everything but the banks, by purpose; each rank of asyncep holds all of it."""
-    sizes = {name: math.prod(shape) * element for name, shape in slot_shapes(spec).items()}
+def weight_bytes(spec: ModelSpec, element: int, *, float8: bool = False) -> dict[str, int]:
+    """Bytes of everything but the banks, by purpose; each rank of asyncep holds all of it. ``float8``: linear maps are
+    kept with one byte a value and four a row.
+    """
+    shapes = slot_shapes(spec)
+    sizes = {name: math.prod(shape) * element for name, shape in shapes.items()}
+    if float8:
+        sizes |= {name: math.prod(shapes[name]) + 4 * shapes[name][0] for name in float8_slots(shapes)}
     ends = sum(size for name, size in sizes.items() if name in ("embed", "lm_head"))
     return {"embedding and head": ends, "attention, routers, dense": sum(sizes.values()) - ends}

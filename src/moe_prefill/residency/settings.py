@@ -12,9 +12,9 @@ from .speed import predicted_speed
 TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests
 
 
-def bank_dtype(config: EngineConfig, dtype: str) -> str:
-    """How experts are stored; everything else is in ``dtype``."""
-    return "float8_e4m3fn" if config.quantization == "fp8" else dtype
+def bank_dtype(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
+    """How experts are stored, and with float8 also the linear maps; everything else is in ``dtype``."""
+    return "float8_e4m3fn" if config.quantization == "fp8" or spec.float8_blocks else dtype
 
 
 def plan_for(
@@ -38,15 +38,15 @@ def plan_for(
         prefetch_depth=config.prefetch_depth,
         usual_chunk_rows=profile.chunk_rows if profile else None,
     )
-    speed = None
+    stored, speed = bank_dtype(config, spec, dtype), None
     if profile is not None:
         speed = predicted_speed(
             spec,
             profile,
-            bank_dtype=bank_dtype(config, dtype),
+            bank_dtype=stored,
             ranks=budget.ranks,
             tokens_per_request=tokens_per_request,
             transfer=config.transport,
             prefetch_depth=config.prefetch_depth,
         )
-    return plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype(config, dtype), pins=pins, speed=speed)
+    return plan_residency(spec, budget, dtype=dtype, bank_dtype=stored, pins=pins, speed=speed)

@@ -23,7 +23,7 @@ from ..models.weights import ExpertBank, ModelWeights
 from ..residency import bank_dtype
 from .collectives import Collectives, RankGroup
 from .data_parallel import ExpertDispatch, TokenGather
-from .engine import DataParallelEngine, StrategyEngine, TensorParallelEngine
+from .engine import DataParallelEngine, RankModel, StrategyEngine, TensorParallelEngine
 from .load import checkpoint_fill, dummy_fill, load_share
 from .memory import fit_share
 from .pipeline import PipelineEngine
@@ -59,7 +59,7 @@ def load_rank(
         fill = dummy_fill(share, dtype=dtype, device=device, seed=config.seed, skew=config.dummy_skew or 1.0)
     else:
         fill = checkpoint_fill(share, checkpoint, dtype=dtype, device=device)
-    return load_share(share, fill, bank_dtype(config, dtype_name(dtype)))
+    return load_share(share, fill, bank_dtype(config, share.whole, dtype_name(dtype)))
 
 
 def requested_share(config: EngineConfig, spec: ModelSpec, rank: int, size: int) -> Share:
@@ -78,19 +78,20 @@ def strategy_engine(
     memory: MemoryPlan,
 ) -> StrategyEngine:
     """The engine over weights that are there."""
-    collectives = Collectives(ranks)
+    collectives, dtype = Collectives(ranks), weights.embed.dtype
+
+    def part(decoder: Decoder) -> RankModel:
+        return RankModel(
+            share=share, decoder=decoder, collectives=collectives, weights=weights, banks=banks, memory=memory
+        )
+
     if share.name == "pp+pp":
-        return PipelineEngine(share, Decoder(share.spec), collectives, weights, banks, memory, config)
+        return PipelineEngine(part(Decoder(share.spec)), config)
     if share.splits_attention:
-        split = TensorParallelDecoder(share, collectives)
-        return TensorParallelEngine(share, split, collectives, weights, banks, memory, config)
-    dtype = weights.embed.dtype
-    decoder = (
-        ExpertDispatch(share, collectives, dtype, memory.chunk_rows)
-        if share.name == "dp+ep"
-        else TokenGather(share, collectives, dtype)
-    )
-    return DataParallelEngine(share, decoder, collectives, weights, banks, memory, config)
+        return TensorParallelEngine(part(TensorParallelDecoder(share, collectives)), config)
+    if share.name == "dp+ep":
+        return DataParallelEngine(part(ExpertDispatch(share, collectives, dtype, memory.chunk_rows)), config)
+    return DataParallelEngine(part(TokenGather(share, collectives, dtype)), config)
 
 
 def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
@@ -100,7 +101,7 @@ def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: 
     free = free_bytes(device, limit) // (1 if kind == "cuda" else share.size)
     name = dtype_name(dtype)
     sizes = {"wanted": config.max_sweep_tokens, "chunk_rows": config.chunk_rows}
-    return fit_share(share, kind, free, dtype=name, bank_dtype=bank_dtype(config, name), **sizes).sweep
+    return fit_share(share, kind, free, dtype=name, bank_dtype=bank_dtype(config, share.whole, name), **sizes).sweep
 
 
 def agreed_plan(config: EngineConfig, share: Share, ranks: RankGroup, dtype: torch.dtype) -> MemoryPlan:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ...core import LayerSpec, ModelSpec
 from ...errors import ModelError
 from .fields import Config, Fields, refused
+from .quantization import float8_blocks
 from .rope import rope_from_fields
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,6 +62,7 @@ def decoder_spec(
         max_positions=max_positions,
         tie_embeddings=fields.flag("tie_word_embeddings"),
         dtype=_dtype(fields),
+        float8_blocks=float8_blocks(fields),
         **special,
     )
     fields.finish()

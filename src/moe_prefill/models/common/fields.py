@@ -123,12 +123,11 @@ class Fields:
         return self.integer(next(iter(values), "num_experts"))
 
     def finish(self) -> None:
-        """Refuse quantised checkpoints and every field that is neither known nor harmless nor off."""
-        self._refuse_quantization()
+        """Refuse every field that is neither known nor harmless nor off."""
         for name, value in FIXED.items():
             self.fixed(name, value)
         for name, value in self.config.items():
-            if name not in self._known and name not in HARMLESS and not _is_off(value):
+            if name not in self._known and name not in HARMLESS and not is_off(value):
                 raise refused(
                     self.family,
                     name,
@@ -146,21 +145,8 @@ class Fields:
             raise ModelError(f"{self.family}: config field {name!r} is missing and the family has no default for it.")
         return fallback
 
-    def _refuse_quantization(self) -> None:
-        for name in ("quantization_config", "compression_config"):
-            settings = self.raw(name)
-            if settings:
-                method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
-                raise refused(
-                    self.family,
-                    name,
-                    f"quantisation method {method!r}",
-                    "checkpoints in bfloat16, float16 or float32",
-                    "Use the unquantised checkpoint of this model.",
-                )
 
-
-def _is_off(value: object) -> bool:
+def is_off(value: object) -> bool:
     return value is None or value is False or value in (0, "", [], {}, ())
 
 

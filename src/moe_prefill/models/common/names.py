@@ -24,13 +24,15 @@ _TOP = {"embed_tokens.weight": "embed", "norm.weight": "final_norm", "lm_head.we
 class Placement:
     """A tensor fills ``rows`` rows of a slot (None: the rest of them) from ``row`` on.
 
-    With ``expert`` set, these are rows of that expert's matrix in a bank.
+    With ``expert`` set, these are rows of that expert's matrix in a bank. ``parts``: how many matrices of equal height
+    the tensor stacks, where each may have block scales of its own.
     """
 
     slot: str
     row: int = 0
     rows: int | None = None
     expert: int | None = None
+    parts: int = 1
 
 
 Place = Callable[[str], Placement | None]
@@ -92,7 +94,7 @@ def _place_in_layer(spec: ModelSpec, table: dict[str, Rows], layer: str, rest: s
         slot, row, rows = table[rest]
         return Placement(f"layers.{layer}.{slot}", row, rows)
     if rest in _FUSED:
-        return Placement(f"banks.{layer}.{_FUSED[rest]}")
+        return Placement(f"banks.{layer}.{_FUSED[rest]}", parts=2 if _FUSED[rest] == "gate_up" else 1)
     match = _EXPERT.fullmatch(rest)
     if match and int(match[1]) < spec.num_experts:
         return _place_expert(spec, int(layer), int(match[1]), match[2])
