@@ -111,6 +111,11 @@ class LocalEngine:
         return self.spec.num_layers
 
     @property
+    def kv_blocks(self) -> int:
+        """Slots of the pool; 0: there is none."""
+        return 0 if self._pool is None else self._pool.blocks.capacity
+
+    @property
     def device_kind(self) -> str:
         return self._device.type
 
