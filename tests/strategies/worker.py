@@ -55,7 +55,7 @@ def run_case(case: Case, spec: ModelSpec, slots: dict[str, torch.Tensor], group:
         prune_last=case.prune_last,
         quantization=case.quantization,
     )
-    stored = bank_dtype(config, "float32")
+    stored = bank_dtype(config, spec, "float32")
 
     def fill(slot, shape, rows):
         return slots[slot][rows.start : rows.stop].to(group.device)

@@ -8,6 +8,7 @@ remaining steps without tokens. Attention, dense layers and shared experts are w
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,18 @@ from ..residency import shard_of
 from .collectives import Collectives
 from .dispatch import destinations, grouped_sources, homes, pack_choices, send_order, unpack_choices
 from .share import Share
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutedRows:
+    """A chunk on its way to the experts: normed rows [T, D], weights float32 and ids int64 [T, K] of their experts, and
+    the residual [T, D] that the weighted sum is added to.
+    """
+
+    normed: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    base: torch.Tensor
 
 
 class DataParallelDecoder(Decoder):
@@ -37,14 +50,14 @@ class DataParallelDecoder(Decoder):
         normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
         weights, ids = self.route(layer.ffn, normed)
         base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
-        return self.step(normed, weights, ids, bank, base)
+        return self.step(RoutedRows(normed, weights, ids, base), bank)
 
     def join(self, bank: ExpertBank) -> None:
         """One step without tokens of its own."""
         device, spec = self._collectives.ranks.device, self.spec
         nothing = torch.empty(0, spec.hidden_size, dtype=self._dtype, device=device)
         weights = torch.empty(0, spec.top_k, dtype=torch.float32, device=device)
-        self.step(nothing, weights, weights.long(), bank, nothing)
+        self.step(RoutedRows(nothing, weights, weights.long(), nothing), bank)
 
     def begin_layer(self, steps: Int64Array) -> None:
         """``steps``: rows of every rank in every step, [steps, N]."""
@@ -77,15 +90,8 @@ class DataParallelDecoder(Decoder):
         )
 
     @abstractmethod
-    def step(
-        self,
-        normed_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-        bank: ExpertBank,
-        base_TD: torch.Tensor,
-    ) -> torch.Tensor:
-        """``base + sum of the weighted experts`` of this rank's rows, all ranks taking part; [T, D]."""
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
+        """``rows.base`` and the weighted sum of their experts, all ranks taking part; [T, D]."""
 
 
 class ExpertDispatch(DataParallelDecoder):
@@ -103,28 +109,21 @@ class ExpertDispatch(DataParallelDecoder):
         self._starts = torch.tensor(starts, device=collectives.ranks.device)
         self._most_pairs = 2 * chunk_rows * share.whole.top_k
 
-    def step(
-        self,
-        normed_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-        bank: ExpertBank,
-        base_TD: torch.Tensor,
-    ) -> torch.Tensor:
-        to = destinations(ids_TK, self._starts)
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
+        to = destinations(rows.ids, self._starts)
         send, receive, pairs = self._exchange_counts(to.counts)
         rank_S, token_S = send_order(to, sum(send))
         own_SK = to.owner[token_S] == rank_S[:, None]
-        ids_SK = torch.where(own_SK, ids_TK[token_S] - self._starts[rank_S, None], self.spec.num_experts)
-        rows_TD, scale_T = self.outgoing(normed_TD, bank)
-        packed = pack_choices(weights_TK[token_S], ids_SK, None if scale_T is None else scale_T[token_S])
+        ids_SK = torch.where(own_SK, rows.ids[token_S] - self._starts[rank_S, None], self.spec.num_experts)
+        rows_TD, scale_T = self.outgoing(rows.normed, bank)
+        packed = pack_choices(rows.weights[token_S], ids_SK, None if scale_T is None else scale_T[token_S])
         rows_MD = self._collectives.all_to_all(rows_TD[token_S], send, receive, "dispatch")
         choices = self._collectives.all_to_all(packed, send, receive, "dispatch")
         sums_MD = self._sums_by_source(rows_MD, choices, bank, receive, pairs)
         sums_SD = self._collectives.all_to_all(sums_MD, receive, send, "combine")
-        if not len(base_TD):
-            return base_TD
-        return ops.combine(sums_SD, homes(to), to.needed.t().to(torch.float32), base_TD)
+        if not len(rows.base):
+            return rows.base
+        return ops.combine(sums_SD, homes(to), to.needed.t().to(torch.float32), rows.base)
 
     def _exchange_counts(self, counts_N2: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
         """Rows to send to every rank, rows to receive from it, and the pairs among these."""
@@ -148,26 +147,20 @@ class TokenGather(DataParallelDecoder):
     summed where the rows came from (reduce-scatter). Ranks with fewer rows in a step pad to the longest.
     """
 
-    def step(
-        self,
-        normed_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-        bank: ExpertBank,
-        base_TD: torch.Tensor,
-    ) -> torch.Tensor:
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
         sizes = next(self._steps).tolist()
         longest, total = max(sizes), sum(sizes)
-        assert len(normed_TD) == sizes[self._share.rank], (len(normed_TD), sizes)
-        rows_TD, scale_T = self.outgoing(normed_TD, bank)
-        choices = pack_choices(weights_TK, ids_TK, scale_T)
-        nowhere = ids_TK.new_full((1, self.spec.top_k), self.spec.num_experts)
+        assert len(rows.base) == sizes[self._share.rank], (len(rows.base), sizes)
+        rows_TD, scale_T = self.outgoing(rows.normed, bank)
+        choices = pack_choices(rows.weights, rows.ids, scale_T)
+        nowhere = rows.ids.new_full((1, self.spec.top_k), self.spec.num_experts)
         zeros = torch.zeros_like(nowhere, dtype=torch.float32)
         elsewhere = pack_choices(zeros, nowhere, None if scale_T is None else zeros[:, 0])
-        rows = self._collectives.all_gather(_padded(rows_TD, longest, rows_TD.new_zeros(1, 1)))
+        gathered = self._collectives.all_gather(_padded(rows_TD, longest, rows_TD.new_zeros(1, 1)))
         choices = self._collectives.all_gather(_padded(choices, longest, elsewhere))
-        part = self.weighted_sums(rows, choices, bank, None if total == len(rows) else total * self.spec.top_k)
-        return base_TD + self._collectives.reduce_scatter(part)[: len(base_TD)]
+        num_rows = None if total == len(gathered) else total * self.spec.top_k
+        part = self.weighted_sums(gathered, choices, bank, num_rows)
+        return rows.base + self._collectives.reduce_scatter(part)[: len(rows.base)]
 
 
 def _padded(rows: torch.Tensor, length: int, filler: torch.Tensor) -> torch.Tensor:

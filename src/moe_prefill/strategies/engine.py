@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -26,37 +27,40 @@ from .lockstep import Lockstep
 from .share import Share
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankModel:
+    """One rank's part of a model: its weights, and the decoder that computes a layer of them with the other ranks."""
+
+    share: Share
+    decoder: Decoder
+    collectives: Collectives
+    weights: ModelWeights
+    banks: Sequence[ExpertBank | None]
+    memory: MemoryPlan
+
+
 class StrategyEngine(LocalEngine):
     """What the strategies have in common: a share of the weights, and collectives that are counted.
 
     ``traffic`` says what this device has sent so far, layer by layer.
     """
 
-    def __init__(
-        self,
-        share: Share,
-        decoder: Decoder,
-        collectives: Collectives,
-        weights: ModelWeights,
-        banks: Sequence[ExpertBank | None],
-        memory: MemoryPlan,
-        config: EngineConfig,
-    ) -> None:
+    def __init__(self, part: RankModel, config: EngineConfig) -> None:
         super().__init__(
-            share.whole,
-            weights,
-            ResidentBanks(banks),
-            memory,
-            device=collectives.ranks.device,
+            part.share.whole,
+            part.weights,
+            ResidentBanks(part.banks),
+            part.memory,
+            device=part.collectives.ranks.device,
             sharing=config.sharing,
             prune_last=config.prune_last,
             quantization=config.quantization,
         )
-        self.share = share
-        self.schedule = "rounds" if share.is_data_parallel else "together"
-        self.traffic = collectives.traffic
-        self._decoder = decoder
-        self._collectives = collectives
+        self.share = part.share
+        self.schedule = "rounds" if part.share.is_data_parallel else "together"
+        self.traffic = part.collectives.traffic
+        self._decoder = part.decoder
+        self._collectives = part.collectives
 
     @property
     def plan_digest(self) -> str:

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from ..checkpoint import Checkpoint, TensorEntry, audit, dummy_slots, load_slots
+from ..checkpoint import Checkpoint, TensorEntry, audit, dummy_slots, load_slots, with_scales
 from ..engine.quantized import QuantizedRows
 from ..experts import BankLayout
 from ..models import family
 from ..models.common.names import Placement, ignorer, required
 from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
-from ..residency import expert_record
+from ..ops import Float8Rows, Matrix
+from ..residency import DTYPE_BYTES, expert_record
 from ..shapes import Shape, bank_shapes, slot_shapes
+from .memory import share_float8_slots
 from .share import Share
 
 # A filled tensor: these rows of a slot's first dimension (of a bank: experts).
@@ -24,13 +26,15 @@ Fill = Callable[[str, Shape, range], torch.Tensor]
 def load_share(share: Share, fill: Fill, bank_dtype: str) -> tuple[ModelWeights, list[ExpertBank | None]]:
     """The weights that the rank computes with; banks by layer of the whole model, None where it has none.
 
-    ``bank_dtype``: of the stored experts; float8 ones get their scales from the rank's own part of a row.
+    ``bank_dtype``: of the stored experts. With float8 the linear maps are float8, too. Scales are those of the rank's
+    own part of a row, however the checkpoint scales its blocks: a rank's part may end within one.
     """
-    slots = {
-        slot: share.part(slot, fill(slot, shape, range(shape[0])))
-        for slot, shape in slot_shapes(share.whole).items()
-        if share.holds(slot)
-    }
+    shapes = {slot: shape for slot, shape in slot_shapes(share.whole).items() if share.holds(slot)}
+    float8 = share_float8_slots(share, shapes) if DTYPE_BYTES[bank_dtype] == 1 else set()
+    slots: dict[str, Matrix] = {}
+    for slot, shape in shapes.items():
+        part = share.part(slot, fill(slot, shape, range(shape[0])))
+        slots[slot] = Float8Rows.of(part) if slot in float8 else part
     layout = BankLayout(len(share.experts), expert_record(share.spec, bank_dtype))
     sparse = {layer for layer in share.layers if share.whole.layers[layer].sparse}
     banks = [_bank(share, fill, layout, i) if i in sparse else None for i in range(share.whole.num_layers)]
@@ -61,7 +65,7 @@ def checkpoint_fill(share: Share, checkpoint: Checkpoint, *, dtype: torch.dtype,
     places = audit(checkpoint, slot_shapes(spec) | bank_shapes(spec), place, required(spec), ignorer(spec))
     stored: dict[str, dict[str, TensorEntry]] = {}
     for name, where in places.items():
-        stored.setdefault(where.slot, {})[name] = checkpoint.entries[name]
+        stored.setdefault(where.slot, {}).update(with_scales(checkpoint.entries, name))
 
     def fill(slot: str, shape: Shape, rows: range) -> torch.Tensor:
         nothing: Iterator[tuple[str, Placement]] = iter(())  # what must be there has been audited
@@ -77,7 +81,7 @@ def checkpoint_fill(share: Share, checkpoint: Checkpoint, *, dtype: torch.dtype,
     return fill
 
 
-def _weights(share: Share, slots: dict[str, torch.Tensor]) -> ModelWeights:
+def _weights(share: Share, slots: dict[str, Matrix]) -> ModelWeights:
     """``layers[i]`` is the i-th layer of this rank's."""
     renamed = dict(slots)
     for slot in [name for name in slots if name.startswith("layers.")]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..errors import PlanError
 from ..memory import GIB, DeviceKind, MemoryPlan, chunk_row_bytes, memory_plan, show_bytes, sweep_sizes
 from ..residency import DTYPE_BYTES, expert_record
-from ..shapes import slot_shapes
+from ..shapes import Shape, float8_slots, slot_shapes
 from .share import Share
 
 _RESERVE = GIB  # for kernels' and the collectives' workspaces; a sixteenth of the device where there is little
@@ -67,11 +67,11 @@ def fit_share(
 
 def share_weights(share: Share, dtype: str, bank_dtype: str) -> dict[str, int]:
     """Bytes of what the rank keeps of the model, by purpose."""
-    kept = {
-        slot: math.prod(share.kept_shape(slot, shape)) * DTYPE_BYTES[dtype]
-        for slot, shape in slot_shapes(share.whole).items()
-        if share.holds(slot)
-    }
+    shapes = {slot: shape for slot, shape in slot_shapes(share.whole).items() if share.holds(slot)}
+    parts = {slot: share.kept_shape(slot, shape) for slot, shape in shapes.items()}
+    kept = {slot: math.prod(part) * DTYPE_BYTES[dtype] for slot, part in parts.items()}
+    if DTYPE_BYTES[bank_dtype] == 1:
+        kept |= {slot: math.prod(parts[slot]) + 4 * parts[slot][0] for slot in share_float8_slots(share, shapes)}
     ends = sum(size for slot, size in kept.items() if slot in ("embed", "lm_head"))
     sparse = sum(share.whole.layers[layer].sparse for layer in share.layers)
     return {
@@ -79,6 +79,11 @@ def share_weights(share: Share, dtype: str, bank_dtype: str) -> dict[str, int]:
         "attention, routers, dense": sum(kept.values()) - ends,
         "experts": sparse * len(share.experts) * expert_record(share.spec, bank_dtype).num_bytes,
     }
+
+
+def share_float8_slots(share: Share, shapes: Mapping[str, Shape]) -> set[str]:
+    """Which of these slots the rank keeps in float8: its parts are what the products must take."""
+    return float8_slots({slot: share.kept_shape(slot, shape) for slot, shape in shapes.items()})
 
 
 def transfer_bytes(share: Share, element: int, tokens: int, chunk_rows: int, ranks_a_row: float | None = None) -> int:

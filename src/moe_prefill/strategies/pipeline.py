@@ -22,12 +22,8 @@ from ..engine.local import Answer
 from ..engine.plan import SweepPlan
 from ..engine.sweep import SweepOutput, read_head, rope_rows, run_layer
 from ..forming import Forming
-from ..memory import MemoryPlan
-from ..models.decoder import Decoder
-from ..models.weights import ExpertBank, ModelWeights
 from .collectives import Collectives, Traffic
-from .engine import StrategyEngine
-from .share import Share
+from .engine import RankModel, StrategyEngine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,19 +71,10 @@ def links(collectives: Collectives) -> tuple[Link | None, Link | None]:
 class PipelineEngine(StrategyEngine):
     """One stage. All ranks are given the same list and return the same answers."""
 
-    def __init__(
-        self,
-        share: Share,
-        decoder: Decoder,
-        collectives: Collectives,
-        weights: ModelWeights,
-        banks: Sequence[ExpertBank | None],
-        memory: MemoryPlan,
-        config: EngineConfig,
-    ) -> None:
-        super().__init__(share, decoder, collectives, weights, banks, memory, config)
+    def __init__(self, part: RankModel, config: EngineConfig) -> None:
+        super().__init__(part, config)
         self._micro_batches = config.micro_batches
-        self._before, self._after = links(collectives)
+        self._before, self._after = links(part.collectives)
         self._ahead: deque[tuple[SweepPlan, Transfer | None]] = deque()
         self._sent: deque[Transfer] = deque()
 
