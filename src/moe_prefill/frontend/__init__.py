@@ -4,9 +4,11 @@ from .costs import Cost, RequestCosts
 from .former import FormedSweep, SweepBounds, WaitingRoom
 from .frontend import Admission, Frontend
 from .load import Load
+from .machine import Machine, full_sweep_flops, limits_of
 from .policies import POLICIES, Extensions, Limits, Ours, Policy, make_policy
 from .queues import Fifo, LookAhead, Queue, ShortestFirst
 from .tables import PrefixTable
+from .threshold import Threshold
 from .ticket import Ticket, make_ticket
 from .worker import Worker
 
@@ -21,6 +23,7 @@ __all__ = [
     "Limits",
     "Load",
     "LookAhead",
+    "Machine",
     "Ours",
     "Policy",
     "PrefixTable",
@@ -28,9 +31,12 @@ __all__ = [
     "RequestCosts",
     "ShortestFirst",
     "SweepBounds",
+    "Threshold",
     "Ticket",
     "WaitingRoom",
     "Worker",
+    "full_sweep_flops",
+    "limits_of",
     "make_policy",
     "make_ticket",
 ]

@@ -55,6 +55,15 @@ class WaitingRoom:
         self._by_age[ticket.id] = ticket
         self._new.append(ticket)
 
+    def remove(self, ticket: Ticket) -> bool:
+        """Take out a request; False: it is not here."""
+        if self._by_age.pop(ticket.id, None) is None:
+            return False
+        self._siblings.add_all(self._new)
+        self._new = []
+        self._siblings.remove([ticket])
+        return True
+
     def oldest(self) -> Ticket:
         return next(iter(self._by_age.values()))
 

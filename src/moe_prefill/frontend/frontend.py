@@ -7,14 +7,14 @@ owns it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..blocks import BLOCK_TOKENS, BlockEvents
 from ..errors import Overloaded, RowError
 from .costs import RequestCosts
 from .former import FormedSweep, SweepBounds, WaitingRoom
 from .load import Load
-from .policies import Policy
+from .policies import Limits, Policy
 from .ticket import Ticket
 from .worker import Worker
 
@@ -42,6 +42,7 @@ class Frontend:
         self._alive = list(self.workers)
         self._worker_of_sweep: dict[int, Worker] = {}
         self._tickets: dict[int, Ticket] = {}  # given to a worker and not finished
+        self._cancelled: set[int] = set()  # of the queue
         self._next_sweep = 0
 
     @property
@@ -80,12 +81,32 @@ class Frontend:
         """One round: give out what the policy lets go; returns how many requests."""
         queue, given = self.policy.queue, 0
         while len(queue) and self._alive:
+            if queue.peek().id in self._cancelled:
+                self._cancelled.remove(queue.pop().id)
+                continue
             worker = self.policy.choose(queue.peek(), self._alive)
             if worker is None:
                 break
             self._give(queue.pop(), worker)
             given += 1
         return given
+
+    def cancel(self, id: int) -> None:
+        """Nobody waits for an unfinished request any more: it is forgotten, unless its sweep runs already."""
+        ticket = self._tickets.get(id)
+        if ticket is None:
+            self._cancelled.add(id)
+            return
+        worker = next(worker for worker in self.workers if worker.load.has(id))
+        if worker.waiting.remove(ticket):
+            worker.load.cancel(id)
+            worker.table.forget(ticket.chain)
+            del self._tickets[id]
+
+    def saturate(self, limits: Limits) -> None:
+        """T is another one from now on."""
+        self.bounds = replace(self.bounds, least_flops=limits.saturated)
+        self.policy.limit(limits)
 
     def next_sweep(self, index: int, now_s: float) -> FormedSweep | None:
         """The sweep that worker ``index`` is to compute next; None: nothing waits, or not enough for not long enough

@@ -55,6 +55,14 @@ class Load:
         self._released[number] = now
         self._add(before.flops - now.flops, before.ns - now.ns, 0)
 
+    def predicted_ns(self, number: int) -> int:
+        """Predicted time of a sweep that runs."""
+        return self._totals[number].ns
+
+    def left_ns(self, number: int) -> int:
+        """Predicted time of what a sweep that runs has still to do."""
+        return self._totals[number].ns - self._released[number].ns
+
     def finish(self, number: int) -> list[int]:
         """A sweep has ended; its requests."""
         ids = self._sweeps.pop(number)

@@ -40,6 +40,10 @@ class Policy(Protocol):
         """A worker's prefixes are gone."""
         ...
 
+    def limit(self, limits: Limits) -> None:
+        """T has changed."""
+        ...
+
 
 class _Plain:
     """In order of arrival, nothing remembered."""
@@ -50,6 +54,9 @@ class _Plain:
         self.queue: Queue = Fifo(costs)
 
     def lost(self, worker: Worker) -> None:
+        pass
+
+    def limit(self, limits: Limits) -> None:
         pass
 
 
@@ -130,7 +137,7 @@ class PaperRule:
 
     def __init__(self, costs: RequestCosts, limits: Limits) -> None:
         self.queue: Queue = Fifo(costs)
-        self._limit = limits.saturated
+        self.limit(limits)
 
     def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
         below = [w for w in workers if w.load.flops < self._limit]
@@ -140,6 +147,9 @@ class PaperRule:
 
     def lost(self, worker: Worker) -> None:
         pass
+
+    def limit(self, limits: Limits) -> None:
+        self._limit = limits.saturated
 
 
 class ShortestPrefill:
@@ -151,7 +161,7 @@ class ShortestPrefill:
 
     def __init__(self, costs: RequestCosts, limits: Limits) -> None:
         self.queue: Queue = ShortestFirst(costs)
-        self._limit = limits.full
+        self.limit(limits)
 
     def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
         below = [w for w in workers if w.load.flops < self._limit]
@@ -161,6 +171,9 @@ class ShortestPrefill:
 
     def lost(self, worker: Worker) -> None:
         pass
+
+    def limit(self, limits: Limits) -> None:
+        self._limit = limits.full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +207,7 @@ class Ours:
         self.extensions = on = extensions or Extensions()
         self.queue: Queue = LookAhead(costs, long_first=on.long_first) if on.look_ahead else Fifo(costs)
         self._costs = costs
-        self._limit = limits.full if on.memory_bound else limits.saturated
+        self.limit(limits)
 
     def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
         options = self._options(ticket, workers)
@@ -211,6 +224,9 @@ class Ours:
 
     def lost(self, worker: Worker) -> None:
         pass
+
+    def limit(self, limits: Limits) -> None:
+        self._limit = limits.full if self.extensions.memory_bound else limits.saturated
 
     def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
         """Those who may take it."""

@@ -1,6 +1,7 @@
 """A virtual-time simulator: the real frontend over workers whose time comes from the cost model. Torch-free."""
 
-from .machine import Machine, plan_machine
+from ..frontend import Machine
+from .machine import plan_machine, planned_machine
 from .oracle import oracle_saved_tokens
 from .simulator import Outcome, simulate
 from .timing import SweepTimer
@@ -13,5 +14,6 @@ __all__ = [
     "SweepTimer",
     "oracle_saved_tokens",
     "plan_machine",
+    "planned_machine",
     "simulate",
 ]

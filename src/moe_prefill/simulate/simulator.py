@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import Overloaded
-from ..frontend import Frontend, Policy, Ticket
-from .machine import Machine
+from ..frontend import Frontend, Machine, Policy, Ticket
 from .timing import SweepTimer
 from .worker import SimulatedWorker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..costmodel import Batch, bank_copies, batch_flops, exposure, head_seconds, layer_seconds
-from .machine import Machine
+from ..frontend import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class SweepTimer:
         self.machine = machine
         spec = machine.spec
         self._copies = bank_copies(
-            machine.profile, machine.levels, machine.bank_bytes, ranks=machine.ranks, peer="copy-engine"
+            machine.profile, machine.levels, machine.bank_bytes, ranks=machine.ranks, peer=machine.peer
         )
         last = spec.num_layers - 1
         first_of: dict[object, int] = {}

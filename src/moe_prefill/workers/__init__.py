@@ -3,6 +3,7 @@
 """
 
 from .engine import GroupEngine, build_scoring
+from .routed import Reply, RoutedEngine, Routing
 from .watch import Patience
 
-__all__ = ["GroupEngine", "Patience", "build_scoring"]
+__all__ = ["GroupEngine", "Patience", "Reply", "RoutedEngine", "Routing", "build_scoring"]

@@ -16,23 +16,27 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from ..core import AtomicRequest
+from ..blocks import BlockEvents, HashedSweep
+from ..core import AtomicRequest, RankFacts
 from ..errors import MoePrefillError
 from ..messages import (
     VERSION,
+    Audit,
     Decoder,
     EnginePlan,
     Failure,
     Hello,
     Message,
+    PackedEvents,
     PackedResults,
+    PoolState,
     Ready,
     Score,
     Scored,
@@ -40,6 +44,7 @@ from ..messages import (
     Start,
     encode,
 )
+from ..residency.speed import PRECISIONS
 from .page import ProgressPage
 
 if TYPE_CHECKING:
@@ -109,9 +114,10 @@ def main(build: Callable[[Start, int, int, int], LocalEngine]) -> int:
             schedule=engine.schedule,
             plan_digest=engine.plan_digest,
             peak_flops=engine.peak_flops,
+            facts=rank_facts(engine),
         )
         controller.send(Ready(plan=plan, layer_s=warm_up(engine)))
-        serve(engine, controller)
+        serve(engine, controller, start.generation)
         engine.close()
     except MoePrefillError as error:
         controller.send(Failure(code=type(error).__name__, message=str(error)))
@@ -137,19 +143,55 @@ def warm_up(engine: LocalEngine) -> float:
     return layer_s * engine.limits.max_sweep_tokens / len(tokens) if engine.device_kind == "cpu" else layer_s
 
 
-def serve(engine: LocalEngine, controller: Controller) -> None:
+def rank_facts(engine: LocalEngine) -> RankFacts | None:
+    """What routing needs to know; None: this rank has no residency plan of its own."""
+    plan = engine.residency
+    if plan is None:
+        return None
+    device = engine.device_kind
+    if device == "cuda":
+        import torch
+
+        device = torch.cuda.get_device_name()
+    return RankFacts(
+        spec=engine.spec,
+        device=device,
+        precision=PRECISIONS[plan.bank_dtype],
+        levels=plan.levels,
+        bank_bytes=plan.bank_bytes,
+        bank_buffers=plan.bank_buffers,
+        kv_blocks=engine.kv_blocks,
+    )
+
+
+def serve(engine: LocalEngine, controller: Controller, generation: int) -> None:
     """Compute sweeps until the controller has no more."""
     given: deque[int] = deque()
+
+    def audit() -> None:
+        state = _packed(engine.snapshot(), generation)
+        assert state is not None, "only pools are audited"
+        controller.send(PoolState(events=state))
+
     before = replace(engine.stats)
-    for results in engine.compute(arriving(controller.inbox, given)):
+    for results in engine.compute(arriving(controller.inbox, given, audit)):
         controller.send(
-            Scored(number=given.popleft(), results=PackedResults.pack(results), stats=engine.stats - before)
+            Scored(
+                number=given.popleft(),
+                results=PackedResults.pack(results),
+                stats=engine.stats - before,
+                events=_packed(engine.take_events(), generation),
+            )
         )
         before = replace(engine.stats)
 
 
-def arriving(inbox: SimpleQueue[Message], given: deque[int]) -> Iterator[list[AtomicRequest] | None]:
-    """Sweeps as they come, their numbers in ``given``; None while one is computed and no other has come."""
+def arriving(
+    inbox: SimpleQueue[Message], given: deque[int], audit: Callable[[], None]
+) -> Iterator[Sequence[AtomicRequest] | None]:
+    """Sweeps as they come, their numbers in ``given``; None while one is computed and no other has come. ``audit`` is
+    called where the controller asks what the pool holds.
+    """
     while True:
         try:
             message = inbox.get(block=not given)
@@ -158,9 +200,17 @@ def arriving(inbox: SimpleQueue[Message], given: deque[int]) -> Iterator[list[At
             continue
         if isinstance(message, Shutdown):
             return
+        if isinstance(message, Audit):
+            audit()
+            continue
         assert isinstance(message, Score), message
         given.append(message.number)
-        yield message.requests.unpack()
+        requests = message.requests.unpack()
+        yield requests if message.chains is None else HashedSweep(requests, *message.chains.unpack())
+
+
+def _packed(events: BlockEvents | None, generation: int) -> PackedEvents | None:
+    return None if events is None else PackedEvents.pack(replace(events, generation=generation))
 
 
 def run(build: Callable[[Start, int, int, int], LocalEngine] = build_rank) -> NoReturn:
