@@ -18,6 +18,7 @@ from ..config import EngineConfig
 from ..errors import MoePrefillError, RowError
 from ..jobs import merge_shards
 from ..tasks.taskfile import CONFIGS
+from .bench import bench
 from .calibrate import calibrate
 from .commands import run_task
 from .fields import keyword, make_command, parameters_of
@@ -114,6 +115,9 @@ for _kind in CONFIGS:
 
 
 app.command("calibrate")(calibrate)
+
+
+app.command("bench")(bench)
 
 
 app.command("plan")(plan)
