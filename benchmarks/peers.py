@@ -44,6 +44,11 @@ def job_of(options: argparse.Namespace) -> Job:
     )
 
 
+def apart(cell: dict[str, Any]) -> str:
+    difference = cell.get("largest_relative_difference")
+    return "" if difference is None else f"; logits at most {difference:.2%} apart"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="Qwen3-30B-A3B")
@@ -77,7 +82,7 @@ def main() -> None:
         save_report(options.out, head, cells, append=True)
         for cell, name in zip(cells, job.cells, strict=True):
             rates = f"{cell['tokens_per_s']:,.0f} against {cell['peer_tokens_per_s']:,.0f} tokens/s"
-            print(f"{name:>12}: {rates}, {cell['ratio']:.2f}x {peer} {cell['peer_version']}", flush=True)
+            print(f"{name:>12}: {rates}, {cell['ratio']:.2f}x {peer} {cell['peer_version']}{apart(cell)}", flush=True)
 
 
 if __name__ == "__main__":

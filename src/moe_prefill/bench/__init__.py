@@ -1,17 +1,22 @@
 """Throughput of our engine and of peers on the same token ids, and where the time of a sweep goes."""
 
+from .breakdown import CATEGORIES
 from .cells import Cell, parse_cells
-from .job import Job
+from .figure import figure
+from .job import Job, is_preset
 from .ours import run_ours
 from .peers import PEERS, check_peer, compared, run_side
 from .report import report_head, save_report
 
 __all__ = [
+    "CATEGORIES",
     "PEERS",
     "Cell",
     "Job",
     "check_peer",
     "compared",
+    "figure",
+    "is_preset",
     "parse_cells",
     "report_head",
     "run_ours",

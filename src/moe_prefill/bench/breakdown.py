@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import torch
@@ -29,6 +30,7 @@ from ..core import AtomicRequest
 from ..engine import LocalEngine
 
 Category = Literal["attention", "experts", "dense", "memory-bound", "exposed transfer", "gaps"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 _PREFIX = "moe_prefill."
 _ATTENTION = re.compile(r"flash|fmha|attention", re.IGNORECASE)
 _PRODUCT = re.compile(r"gemm|cutlass|nvjet|xmma|wgmma|grouped_mm|matmul|::mm|::bmm|addmm|baddbmm|linear", re.IGNORECASE)
@@ -64,18 +66,16 @@ def summary(spans: Sequence[Span], exposed_ms: float = 0.0) -> dict[str, Any]:
         return {"sweep_ms": 0.0, "ms": {}, "kernels": []}
     busy_ms, total_ms = 1e-3 * _union(spans), 1e-3 * (max(s.end for s in spans) - min(s.begin for s in spans))
     scale = busy_ms / max(1e-9, sum(span.end - span.begin for span in spans))
-    by_category: Counter[Category] = Counter()
-    by_kernel: Counter[tuple[str, str]] = Counter()
+    by_category: dict[Category, float] = dict.fromkeys(CATEGORIES, 0.0)
+    by_kernel: defaultdict[tuple[str, str], float] = defaultdict(float)
     for span in spans:
-        by_category[classify(span.name, span.operation)] += scale * (span.end - span.begin)
-        by_kernel[(span.operation, _short(span.name))] += scale * (span.end - span.begin)
+        ms = scale * (span.end - span.begin)
+        by_category[classify(span.name, span.operation)] += ms
+        by_kernel[(span.operation, _short(span.name))] += ms
     by_category["exposed transfer"] = exposed_ms
     by_category["gaps"] = max(0.0, total_ms - busy_ms - exposed_ms)
-    return {
-        "sweep_ms": total_ms,
-        "ms": {name: ms for name, ms in by_category.most_common() if ms},
-        "kernels": [[*names, ms] for names, ms in by_kernel.most_common(_KEPT_KERNELS)],
-    }
+    longest = sorted(by_kernel, key=lambda names: -by_kernel[names])[:_KEPT_KERNELS]
+    return {"sweep_ms": total_ms, "ms": by_category, "kernels": [[*names, by_kernel[names]] for names in longest]}
 
 
 def classify(name: str, operation: str) -> Category:
@@ -189,6 +189,7 @@ def _marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _trace(work: Callable[[], object], on_gpu: bool) -> list[dict[str, Any]]:
     """The events of a Chrome trace of ``work``; on a CPU other threads compute too."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes would stand among ours
     threads = None if on_gpu else torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with marked_operations(), profile(activities=activities, experimental_config=threads) as recorded:
         work()

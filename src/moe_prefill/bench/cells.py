@@ -13,6 +13,7 @@ from ..core import AtomicRequest, Int32Array
 from ..errors import UsageError
 
 CANDIDATES = (11, 17)  # asked after the last token of every request
+CHECKED_REQUESTS, CHECKED_TOKENS = 4, 32768  # whose logits both sides of a comparison give
 _SHARING = re.compile(r"(\d+)x(\d+)@(\d+)")
 
 

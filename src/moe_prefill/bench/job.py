@@ -50,14 +50,15 @@ class Job:
 
 def raw_config(config: EngineConfig) -> dict[str, Any]:
     """The config.json of a preset, directory or hub model."""
-    if is_preset(config):
+    if config.load_format == "dummy" and is_preset(config.model):
         return preset(config.model)
     return dict(read_config(resolve_directory(config.model, revision=config.revision, weights=False)))
 
 
-def is_preset(config: EngineConfig) -> bool:
+def is_preset(model: str) -> bool:
+    """Whether this names a preset, with or without its organisation, and no directory."""
     known = {name.casefold() for name in preset_names()}
-    return config.load_format == "dummy" and config.model.rpartition("/")[2].casefold() in known
+    return model.rpartition("/")[2].casefold() in known and not Path(model).is_dir()
 
 
 @contextmanager
@@ -66,7 +67,8 @@ def long_enough(job: Job) -> Iterator[Job]:
     what is to be measured, and only shapes matter with dummy weights.
     """
     longest = max(cell.tokens for cell in job.parsed)
-    if not is_preset(job.config) or raw_config(job.config)["max_position_embeddings"] >= longest:
+    made_up = job.config.load_format == "dummy" and is_preset(job.config.model)
+    if not made_up or raw_config(job.config)["max_position_embeddings"] >= longest:
         yield job
         return
     with TemporaryDirectory(prefix="moe-prefill-bench-") as folder:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from .. import ops
-from ..core import AtomicRequest, ScoringEngine
+from ..core import AtomicRequest, AtomicResult, ScoringEngine
 from ..costmodel import Batch, predict_sweep
 from ..engine import LocalEngine
 from ..errors import UsageError
@@ -18,7 +18,7 @@ from ..machine import MachineProfile, estimated_profile, load_profile
 from ..residency.speed import PRECISIONS, with_chunks
 from ..workers import build_scoring
 from .breakdown import breakdown
-from .cells import Cell
+from .cells import CHECKED_REQUESTS, CHECKED_TOKENS, Cell
 from .job import Job, long_enough
 from .timing import Timing
 
@@ -62,6 +62,7 @@ def measure(engine: ScoringEngine, cell: Cell, job: Job) -> dict[str, Any]:
 
 def _local(engine: LocalEngine, cell: Cell, requests: list[AtomicRequest], job: Job) -> dict[str, Any]:
     """On one device also memory, transfers, the prediction, and the breakdown in a sweep of its own."""
+    logits = first_logits(engine, requests)
     requests = _one_sweep(engine, requests)
     if engine.device_kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -71,10 +72,19 @@ def _local(engine: LocalEngine, cell: Cell, requests: list[AtomicRequest], job: 
     found = _fields(job, cell, requests, timing, engine, engine.stats - before)
     found |= _memory(engine) | _exposed(engine) | _predicted(engine, requests, job)
     load = _load_max_over_mean(engine, requests)
+    found |= {"logits": logits} if logits else {}
     found |= {"expert_load_max_over_mean": load} if load else {}
     if job.breakdown and timing.median <= _LONG_S:
         found["breakdown"] = breakdown(engine, requests)
     return found
+
+
+def first_logits(engine: ScoringEngine, requests: Sequence[AtomicRequest]) -> list[list[float]]:
+    """The candidates' logits of the first few requests, which a peer with the same weights must give too."""
+    few = requests[: min(CHECKED_REQUESTS, CHECKED_TOKENS // len(requests[0].tokens))]
+    return [
+        [float(value) for value in answer.logits] for answer in engine.score(few) if isinstance(answer, AtomicResult)
+    ]
 
 
 def _one_sweep(engine: LocalEngine, requests: list[AtomicRequest]) -> list[AtomicRequest]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from ..errors import UsageError, WorkerError
 from .job import Job
 
@@ -52,9 +54,19 @@ def run_side(side: str, job: Job, *, site: str | None = None) -> list[dict[str, 
 
 
 def compared(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our cells with a peer's figures and the ratio of tokens/s beside them; both in the order of the job's cells."""
+    """Our cells with a peer's figures and the ratio of tokens/s beside them; both in the order of the job's cells.
+
+    Where both give logits of the same requests, ``largest_relative_difference`` says how far they are apart.
+    """
     assert len(ours) == len(theirs), (len(ours), len(theirs))
-    return [
-        mine | peer | {"ratio": mine["tokens_per_s"] / peer["peer_tokens_per_s"]}
-        for mine, peer in zip(ours, theirs, strict=True)
-    ]
+    return [_compared(mine, peer) for mine, peer in zip(ours, theirs, strict=True)]
+
+
+def _compared(mine: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    both = {**mine, **peer, "ratio": mine["tokens_per_s"] / peer["peer_tokens_per_s"]}
+    left, right = both.pop("logits", []), both.pop("peer_logits", [])
+    count = min(len(left), len(right))
+    if count:
+        here, there = np.asarray(left[:count]), np.asarray(right[:count])
+        both["largest_relative_difference"] = float(np.abs(here - there).max() / np.abs(there).max())
+    return both

@@ -42,7 +42,9 @@ def save_report(path: Path, head: dict[str, Any], cells: Sequence[dict[str, Any]
     OutputError: it cannot be written, or is not a result file.
     """
     old = _cells_of(path) if append and path.exists() else []
-    mine = [cell | {"command": head["command"]} for cell in cells]
+    mine = [{**cell, "command": head["command"]} for cell in cells]
+    for cell in mine:
+        cell.pop("logits", None)  # of use in a comparison only
     new = {_identity(cell, head) for cell in mine}
     kept = [cell for cell in old if _identity(cell, head) not in new]
     try:

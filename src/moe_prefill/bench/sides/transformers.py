@@ -18,7 +18,7 @@ from ...checkpoint import resolve_directory
 from ...engine.build import pick_device, pick_dtype
 from ...engine.load import load_weights, open_model
 from ...errors import UsageError
-from ..cells import CANDIDATES, Cell
+from ..cells import CANDIDATES, CHECKED_REQUESTS, CHECKED_TOKENS, Cell
 from ..job import Job, long_enough, raw_config
 from ..timing import Timing
 from .files import run, tell
@@ -31,7 +31,8 @@ def measure(job: Job) -> list[dict[str, Any]]:
     """Every cell's rate, by the keys of result files."""
     if job.precision == "fp8":
         raise UsageError("transformers is compared in BF16 and float32 only; leave --quantization out")
-    transformers.utils.logging.set_verbosity_error()
+    quiet: Any = transformers.utils.logging.set_verbosity_error
+    quiet()
     with long_enough(job) as fitting:
         model = twin(fitting)
     found = []
@@ -44,10 +45,11 @@ def measure(job: Job) -> list[dict[str, Any]]:
 def twin(job: Job) -> Any:
     """transformers' model of the same shapes; with dummy weights its parameters are views of ours."""
     config, device = job.config, pick_device(job.config.device)
+    library: Any = transformers.AutoModelForCausalLM
     if config.load_format != "dummy":
         directory = resolve_directory(config.model, revision=config.revision)
         published = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=published).to(device).eval()
+        return library.from_pretrained(directory, dtype=published).to(device).eval()
     theirs = transformers.AutoConfig.for_model(**raw_config(config))
     theirs._attn_implementation = "sdpa"
     dtype = pick_dtype(config.dtype, open_model(config.model, "dummy")[0], device)
@@ -62,7 +64,7 @@ def twin(job: Job) -> Any:
     )
     theirs.num_hidden_layers = spec.num_layers
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
+        model = library.from_config(theirs, dtype=dtype)
     model.load_state_dict(qwen3_state(spec, weights, banks), assign=True, strict=True)
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(theirs)  # its tables are not among the parameters
@@ -115,8 +117,13 @@ def _cell(model: Any, cell: Cell, job: Job) -> dict[str, Any]:
         "peer_version": transformers.__version__,
         "peer_settings": f"experts {experts}, sdpa, batches of {batch} equal lengths, logits_to_keep=1, no cache",
         "peer_tokens_per_s": batch * cell.tokens / timing.median,
-        "peer_logits": [[float(value) for value in pair] for pair in _logits(model, rows[: min(batch, 4)])],
+        **_checked(model, rows[: min(batch, CHECKED_REQUESTS, CHECKED_TOKENS // cell.tokens)]),
     }
+
+
+def _checked(model: Any, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Logits that ours are held against."""
+    return {"peer_logits": _logits(model, rows).tolist()} if len(rows) else {}
 
 
 @torch.inference_mode()
