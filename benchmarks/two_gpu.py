@@ -25,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Rank:
         return int(self.collectives.gather_host([value]).max())
 
 
-class Contender:
+class Contender(ABC):
     """One strategy: its weights are loaded once, and an engine is made for every setting that fits."""
 
     def __init__(self, rank: Rank, strategy: str) -> None:
@@ -136,9 +137,9 @@ class Contender:
         self.refused: dict[str, str] = {}
         self.owns_requests = strategy == ASYNCEP or strategy.startswith("dp+")
 
-    @contextmanager
-    def engine(self, setting: Setting) -> Iterator[LocalEngine]:
-        raise NotImplementedError
+    @abstractmethod
+    def engine(self, setting: Setting) -> AbstractContextManager[LocalEngine]:
+        """An engine with these sizes, for the duration of the block."""
 
     def close(self) -> None:
         gc.collect()

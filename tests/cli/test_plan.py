@@ -102,7 +102,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str], arguments: list[str], code
 def test_a_preset_is_planned_without_torch() -> None:
     code = (
         "import sys; from moe_prefill.cli import main; "
-        "main(['plan', '--model', 'Qwen3-30B-A3B', '--hbm-gib', '16', '--json']); assert 'torch' not in sys.modules"
+        "assert main(['plan', '--model', 'Qwen3-30B-A3B', '--hbm-gib', '16', '--json']) == 0; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

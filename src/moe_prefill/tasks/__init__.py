@@ -1,8 +1,8 @@
 """Tasks: what a person asks of a row, as atomic requests, and answers read from their results. Torch-free."""
 
-from moe_prefill.tasks.base import Preview, Row, Task
-from moe_prefill.tasks.build import build_task
-from moe_prefill.tasks.config import (
+from .base import Preview, Row, Task
+from .build import build_task
+from .config import (
     ChooseConfig,
     ClassifyConfig,
     Label,
@@ -11,7 +11,7 @@ from moe_prefill.tasks.config import (
     SelectConfig,
     TaskConfig,
 )
-from moe_prefill.tasks.taskfile import config_from_mapping, load_task_file, read_task_file
+from .taskfile import config_from_mapping, load_task_file, read_task_file
 
 __all__ = [
     "ChooseConfig",

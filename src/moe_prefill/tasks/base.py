@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moe_prefill.core import AtomicResult, Column, Int32Array, PreparedRow
-from moe_prefill.errors import RowError
+from ..core import AtomicResult, Column, Int32Array, PreparedRow
+from ..errors import RowError
 
 Row = Mapping[str, object]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_prefill.core import Int32Array
-from moe_prefill.errors import RowError
-from moe_prefill.tasks.config import Boundary
-from moe_prefill.text import Tokenizer
+from ..core import Int32Array
+from ..errors import RowError
+from ..text import Tokenizer
+from .config import Boundary
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_prefill.core import EngineLimits
-from moe_prefill.errors import TaskError
-from moe_prefill.tasks.base import Task
-from moe_prefill.tasks.candidates import RankTask, SelectTask
-from moe_prefill.tasks.choose import ChooseTask
-from moe_prefill.tasks.classify import ClassifyTask
-from moe_prefill.tasks.config import ChooseConfig, ClassifyConfig, RankConfig, ScoreConfig, SelectConfig, TaskConfig
-from moe_prefill.tasks.score import ScoreTask
-from moe_prefill.tasks.teacher import TeacherTask
-from moe_prefill.text import Tokenizer
+from ..core import EngineLimits
+from ..errors import TaskError
+from ..text import Tokenizer
+from .base import Task
+from .candidates import RankTask, SelectTask
+from .choose import ChooseTask
+from .classify import ClassifyTask
+from .config import ChooseConfig, ClassifyConfig, RankConfig, ScoreConfig, SelectConfig, TaskConfig
+from .score import ScoreTask
+from .teacher import TeacherTask
 
 
 def build_task(

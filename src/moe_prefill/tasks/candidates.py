@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_prefill.core import AtomicResult, Column, EngineLimits, PreparedRow
-from moe_prefill.errors import RowError, TaskError
-from moe_prefill.tasks.base import Row
-from moe_prefill.tasks.common import LabelTask, asked_of, label_scores
-from moe_prefill.tasks.config import CandidatesConfig, RankConfig, SelectConfig
-from moe_prefill.tasks.labels import softmax
-from moe_prefill.tasks.prompts import Ask
-from moe_prefill.tasks.template import texts_of
-from moe_prefill.text import Tokenizer
+from ..core import AtomicResult, Column, EngineLimits, PreparedRow
+from ..errors import RowError, TaskError
+from ..text import Tokenizer
+from .base import Row
+from .common import LabelTask, asked_of, label_scores
+from .config import CandidatesConfig, RankConfig, SelectConfig
+from .labels import softmax
+from .prompts import Ask
+from .template import texts_of
 
 # The candidate stands as late as the question allows: what comes before it is computed once for all candidates.
 _SELECT = "Text: {%s}\n\nDoes the following label apply to the text? Answer {yes} or {no}.\n\nLabel: {candidate}"

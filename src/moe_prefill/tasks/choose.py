@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_prefill.core import AtomicResult, Column, EngineLimits, PreparedRow
-from moe_prefill.errors import RowError, TaskError
-from moe_prefill.tasks.base import Row
-from moe_prefill.tasks.common import LabelTask, asked_of, label_scores
-from moe_prefill.tasks.config import ChooseConfig
-from moe_prefill.tasks.labels import softmax
-from moe_prefill.tasks.prompts import Ask
-from moe_prefill.tasks.template import as_text, need_text, texts_of
-from moe_prefill.text import Tokenizer
+from ..core import AtomicResult, Column, EngineLimits, PreparedRow
+from ..errors import RowError, TaskError
+from ..text import Tokenizer
+from .base import Row
+from .common import LabelTask, asked_of, label_scores
+from .config import ChooseConfig
+from .labels import softmax
+from .prompts import Ask
+from .template import as_text, need_text, texts_of
 
 _PLAIN = "{%s}\n\n{options}\n\nAnswer:"
 _CHAT = "{%s}\n\n{options}\n\nReply with the letter or digit of the right option only."

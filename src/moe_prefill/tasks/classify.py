@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_prefill.core import AtomicResult, Column, EngineLimits, PreparedRow
-from moe_prefill.tasks.base import Row
-from moe_prefill.tasks.common import LabelTask, label_lengths, label_scores
-from moe_prefill.tasks.config import ClassifyConfig, Label
-from moe_prefill.tasks.labels import Float64Array, softmax
-from moe_prefill.tasks.prompts import Ask
-from moe_prefill.text import Tokenizer
+from ..core import AtomicResult, Column, EngineLimits, PreparedRow
+from ..text import Tokenizer
+from .base import Row
+from .common import LabelTask, label_lengths, label_scores
+from .config import ClassifyConfig, Label
+from .labels import Float64Array, softmax
+from .prompts import Ask
 
 _PLAIN = "Classify the text.\n{labels}\n\nText: {%s}\n\nLabel:"
 _CHAT = "Classify the text.\n{labels}\n\nText: {%s}\n\nReply with the label only."

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 
-from moe_prefill.core import AtomicResult, Column, EngineLimits, PreparedRow
-from moe_prefill.errors import RowError, TaskError
-from moe_prefill.tasks.base import Preview, Row
-from moe_prefill.tasks.config import TaskConfig
-from moe_prefill.tasks.labels import Float64Array
-from moe_prefill.tasks.prompts import Ask, Asked, Prompter
-from moe_prefill.tasks.template import Template, check_columns, columns_of, fields_of
-from moe_prefill.text import Tokenizer
+from ..core import AtomicResult, Column, EngineLimits, PreparedRow
+from ..errors import RowError, TaskError
+from ..text import Tokenizer
+from .base import Preview, Row
+from .config import TaskConfig
+from .labels import Float64Array
+from .prompts import Ask, Asked, Prompter
+from .template import Template, check_columns, columns_of, fields_of
 
 
-class LabelTask:
+class LabelTask(ABC):
     """Base of the tasks that compare labels after prompts. A subclass says what a row asks and reads the scores."""
 
     name = ""
@@ -58,8 +59,9 @@ class LabelTask:
         ask, asked = _state(prepared)
         return [Preview(split.context, tuple(zip(ask.names, split.labels, strict=True))) for split in asked.splits]
 
+    @abstractmethod
     def _ask(self, row: Row) -> Ask:
-        raise NotImplementedError
+        """What a row asks. Raises RowError."""
 
     def _ask_or_error(self, row: Row) -> Ask | RowError:
         try:

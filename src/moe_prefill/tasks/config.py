@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_prefill.errors import TaskError
+from ..errors import TaskError
 
 Normalize = Literal["candidates", "vocabulary"]
 Boundary = Literal["strict", "split"]

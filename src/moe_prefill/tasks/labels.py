@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_prefill.core import AtomicRequest, AtomicResult, Int32Array
-from moe_prefill.errors import TaskError
+from ..core import AtomicRequest, AtomicResult, Int32Array
+from ..errors import TaskError
 
 Float64Array = npt.NDArray[np.float64]
 LabelIds = tuple[tuple[int, ...], ...]

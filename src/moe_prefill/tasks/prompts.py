@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_prefill.core import AtomicRequest, EngineLimits, Int32Array
-from moe_prefill.errors import RowError, TaskError
-from moe_prefill.tasks.boundary import Split, Spot, split_spots
-from moe_prefill.tasks.config import TaskConfig, Truncate
-from moe_prefill.tasks.labels import LabelPlan, check_labels, plan_labels
-from moe_prefill.tasks.template import Template
-from moe_prefill.text import ChatTemplate, Tokenizer
+from ..core import AtomicRequest, EngineLimits, Int32Array
+from ..errors import RowError, TaskError
+from ..text import ChatTemplate, Tokenizer
+from .boundary import Split, Spot, split_spots
+from .config import TaskConfig, Truncate
+from .labels import LabelPlan, check_labels, plan_labels
+from .template import Template
 
 _PREFIX_REMEDY = "rename one, or close every label with --label-end (for example '\\n' or '<eos>')"
 _MAX_CUTS = 12  # each round removes the excess counted by the last one; texts that need more are given up

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_prefill.core import AtomicRequest, AtomicResult, Column, EngineLimits, Int32Array, PreparedRow
-from moe_prefill.errors import RowError
-from moe_prefill.tasks.base import Preview, Row
-from moe_prefill.tasks.boundary import Split, Spot, split_spots
-from moe_prefill.tasks.common import check_outputs, digest_of, prefixed
-from moe_prefill.tasks.config import ScoreConfig
-from moe_prefill.tasks.prompts import Prompter, check_vocabulary, cut_text, longest_field, too_long
-from moe_prefill.tasks.template import Template, check_columns, columns_of, fields_of
-from moe_prefill.text import Tokenizer
+from ..core import AtomicRequest, AtomicResult, Column, EngineLimits, Int32Array, PreparedRow
+from ..errors import RowError
+from ..text import Tokenizer
+from .base import Preview, Row
+from .boundary import Split, Spot, split_spots
+from .common import check_outputs, digest_of, prefixed
+from .config import ScoreConfig
+from .prompts import Prompter, check_vocabulary, cut_text, longest_field, too_long
+from .template import Template, check_columns, columns_of, fields_of
 
 _SUMS = (
     Column(name="logprob", kind="float"),

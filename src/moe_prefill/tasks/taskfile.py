@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_prefill.errors import TaskError
-from moe_prefill.tasks.config import (
+from ..errors import TaskError
+from .config import (
     ChooseConfig,
     ClassifyConfig,
     Label,

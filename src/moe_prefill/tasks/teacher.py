@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_prefill.core import AtomicRequest, AtomicResult, Column, EngineLimits, Int32Array, PreparedRow
-from moe_prefill.errors import RowError
-from moe_prefill.tasks.base import Preview, Row
-from moe_prefill.tasks.common import check_outputs, digest_of, prefixed
-from moe_prefill.tasks.config import ScoreConfig
-from moe_prefill.tasks.prompts import too_long
-from moe_prefill.tasks.score import is_greedy, top_lists
-from moe_prefill.tasks.template import check_columns, list_of
-from moe_prefill.text import Tokenizer
+from ..core import AtomicRequest, AtomicResult, Column, EngineLimits, Int32Array, PreparedRow
+from ..errors import RowError
+from ..text import Tokenizer
+from .base import Preview, Row
+from .common import check_outputs, digest_of, prefixed
+from .config import ScoreConfig
+from .prompts import too_long
+from .score import is_greedy, top_lists
+from .template import check_columns, list_of
 
 _NEXT = (
     Column(name="logprob", kind="float"),

@@ -8,8 +8,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_prefill.errors import RowError, TaskError
-from moe_prefill.tasks.base import Row
+from ..errors import RowError, TaskError
+from .base import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from moe_prefill.errors import ModelError, RowError, UsageError
+from ..errors import ModelError, RowError, UsageError
 
 # What an expression of a template raises when messages are not what it expects.
 _TEMPLATE_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)

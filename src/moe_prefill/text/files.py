@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from moe_prefill.errors import ModelError
+from ..errors import ModelError
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 _DIGESTED = (

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moe_prefill.core import Int32Array
-from moe_prefill.text.cuts import make_cut_rule
-from moe_prefill.text.files import TokenizerFiles, load_files
+from ..core import Int32Array
+from .cuts import make_cut_rule
+from .files import TokenizerFiles, load_files
 
 
 class Tokenizer:
