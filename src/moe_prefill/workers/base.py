@@ -138,7 +138,7 @@ class ProcessEngine(ABC):
         return None
 
     def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many calls are unheard that one more says nothing
+        with contextlib.suppress(OSError):  # so many calls are unheard that one more says nothing, or it is closed
             self._waker.send(b"!")
 
     def _run(self) -> None:
@@ -192,7 +192,7 @@ class ProcessEngine(ABC):
             # Free memory may be another one after a restart.
             self._config = replace(self._config, max_sweep_tokens=plan.limits.max_sweep_tokens)
             if self._config.strategy == "asyncep":
-                self._config = replace(self._config, chunk_rows=plan.limits.chunk_rows)
+                self._config = replace(self._config, chunk_rows=plan.limits.chunk_rows, kv_gib=plan.limits.kv_gib)
             self._planned(plan)
             self._plan = plan
             self._first.put(plan)
