@@ -26,6 +26,8 @@ class EngineConfig:
     parts of sharded banks; ``chunk_rows`` how many rows go through a layer at a time; ``profile`` is a file of rates
     that ``moe-prefill calibrate`` measured here, by which the plan chooses. ``trace``: a file for a Chrome trace of
     copies and compute. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
+    ``kv_gib``: memory of each device in which K and V of prefixes outlive their sweep; 0: none; None: none, or with
+    ``keep_prefixes`` (requests keep coming) what the memory plan has for it.
     """
 
     model: str
@@ -50,6 +52,8 @@ class EngineConfig:
     chunk_rows: int | None = None
     profile: str | None = None
     trace: str | None = None
+    kv_gib: float | None = None
+    keep_prefixes: bool = False
     strategy: Strategy = "asyncep"
     micro_batches: int = 4  # pp+pp: a sweep's
 
@@ -78,3 +82,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} is {value}; it must be positive")
+        if self.kv_gib is not None and not self.kv_gib >= 0:
+            raise UsageError(f"kv_gib is {self.kv_gib}; it must be 0 (keep no prefixes) or more")
+        if self.kv_gib and self.strategy != "asyncep":
+            raise UsageError(f"kv_gib is {self.kv_gib:g}; strategy {self.strategy} keeps no prefixes, give 0")

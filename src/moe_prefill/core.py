@@ -179,13 +179,14 @@ class AtomicResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """What the memory plan allows: the longest request and the largest sweep, in tokens; and how many rows go through
-    a layer at a time (None: there is no plan).
+    a layer at a time (None: there is no plan). ``kv_gib``: the pool of prefixes, exactly.
     """
 
     max_request_tokens: int
     max_sweep_tokens: int
     vocab_size: int
     chunk_rows: int | None = None
+    kv_gib: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

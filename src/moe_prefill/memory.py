@@ -1,7 +1,7 @@
 """What a sweep holds in memory, and how large a sweep fits into given bytes. Torch-free.
 
 Live during a sweep: the residual, K and V of one layer and the rope tables for every token; one chunk's activations;
-one block of LM head logits. Weights and banks are counted elsewhere (``residency``).
+one block of LM head logits. Weights, banks and the pool of prefixes are counted elsewhere (``residency``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .blocks import BLOCK_TOKENS
 from .core import EngineLimits, ModelSpec
 from .errors import PlanError
 
@@ -95,6 +96,11 @@ def sweep_sizes(
     return list(dict.fromkeys(sizes))
 
 
+def enough_tokens(kind: DeviceKind) -> int:
+    """The least sweep that computes at the full rate."""
+    return _ENOUGH_TOKENS[kind]
+
+
 def sweep_steps(kind: DeviceKind) -> list[int]:
     """Sizes of a sweep in tokens among which a predicted speed decides: from enough upwards, the third one usual."""
     return [_ENOUGH_TOKENS[kind] * count // 2 for count in (2, 3, 4, 6, 8, 12, 16)]
@@ -148,6 +154,11 @@ def show_bytes(size: int) -> str:
 def key_bytes(spec: ModelSpec, element: int) -> int:
     """Bytes of one token's K and V in one layer."""
     return 2 * spec.num_kv_heads * spec.head_dim * element
+
+
+def kv_block_bytes(spec: ModelSpec, element: int) -> int:
+    """Bytes of K and V of 16 tokens in all layers: a block of the pool that keeps prefixes."""
+    return BLOCK_TOKENS * spec.num_layers * key_bytes(spec, element)
 
 
 def token_bytes(spec: ModelSpec, element: int) -> int:

@@ -58,6 +58,11 @@ ENGINE_FLAGS = {
     "max_sweep_tokens": Flag(help="Tokens of one sweep; default: what the memory plan allows.", panel=_ENGINE),
     "memory_gib": Flag(help="Memory to use of each device.", names=("--hbm-gib", "--memory-gib"), panel=_ENGINE),
     "host_gib": Flag(help="Host memory to use.", panel=_ENGINE),
+    "kv_gib": Flag(
+        help="Memory of each device that keeps prefixes from sweep to sweep; 0: none. Default: by the memory plan in "
+        "serve, none in jobs.",
+        panel=_ENGINE,
+    ),
     "trace": Flag(help="Write copies and compute of every sweep as a Chrome trace.", panel=_ENGINE, metavar="FILE"),
     "threads": Flag(help="CPU threads of each process.", panel=_ENGINE),
     "residency": Flag(

@@ -68,6 +68,7 @@ def plan(
     chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of a layer at a time.")] = None,
     prefetch_depth: Annotated[int | None, typer.Option("--prefetch-depth", help="Banks that fill ahead.")] = None,
     transport: Annotated[str, typer.Option("--transport", help="copy-engine or nccl.")] = "copy-engine",
+    kv_gib: Annotated[float | None, typer.Option("--kv-gib", help="Memory that keeps prefixes.")] = None,
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="FILE", help="Rates that moe-prefill calibrate measured.")
     ] = None,
@@ -93,6 +94,7 @@ def plan(
         max_sweep_tokens=max_sweep_tokens,
         chunk_rows=chunk_rows,
         prefetch_depth=prefetch_depth,
+        kv_gib=kv_gib,
         profile=profile,
         transport=transport,  # type: ignore[arg-type]  # checked by the config
     )
@@ -206,6 +208,7 @@ def plan_fields(options: PlanOptions, plan: ResidencyPlan, forecast: Forecast) -
         "peak_host_bytes": plan.peak_host_bytes,
         "sweep_tokens": tokens,
         "chunk_rows": plan.sweep.chunk_rows,
+        "kv_blocks": plan.kv_blocks,
         "longest_request": plan.longest_request,
         "largest_sweep_tokens": plan.largest_sweep_tokens,
         "largest_streamed_tokens": plan.largest_streamed_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -62,7 +63,7 @@ def _serve(config: str | None, debug: bool, **values: Any) -> None:
     check_extra()
     from ..server.run import serve as run
 
-    run(server, engine)
+    run(server, replace(engine, keep_prefixes=True))
 
 
 def _parameters() -> list[Any]:

@@ -80,6 +80,8 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         trace=trace,
         residency=plan,
         threads=threads,
+        kv_blocks=plan.kv_blocks,
+        worker=ranks.rank,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..core import AtomicRequest, AtomicResult, EngineLimits, ModelSpec, RunStat
 from ..experts import BankSource, TransferStats
 from ..forming import Forming, sharing_rule
 from ..machine import datasheet_peak
-from ..memory import MemoryPlan
+from ..memory import GIB, MemoryPlan, kv_block_bytes
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
 from ..residency import ResidencyPlan
@@ -112,7 +112,7 @@ class LocalEngine:
 
     @property
     def kv_blocks(self) -> int:
-        """Slots of the pool; 0: there is none."""
+        """Blocks of 16 tokens that the pool of prefixes holds; 0: there is none."""
         return 0 if self._pool is None else self._pool.blocks.capacity
 
     @property
@@ -121,7 +121,8 @@ class LocalEngine:
 
     @property
     def limits(self) -> EngineLimits:
-        return self.memory.limits(self.spec)
+        size = kv_block_bytes(self.spec, self._weights.embed.element_size())
+        return replace(self.memory.limits(self.spec), kv_gib=self.kv_blocks * size / GIB)
 
     @property
     def forming(self) -> Forming:
@@ -141,7 +142,7 @@ class LocalEngine:
     def peak_flops(self) -> float | None:
         if self._device.type != "cuda":
             return None
-        precision = "float8" if self._quantization == "fp8" else self._dtype_name()
+        precision = "float8" if self._quantization in ("fp8", "fp8-blocks") else self._dtype_name()
         return datasheet_peak(torch.cuda.get_device_name(self._device), precision)
 
     @property
@@ -158,7 +159,7 @@ class LocalEngine:
             "prune_last": self._prune_last,
             "sweep": [self.memory.max_sweep_tokens, self.memory.chunk_rows, self.memory.max_gathered_keys],
             "logits": self.memory.logits_block_bytes,
-            **({} if self._pool is None else {"kv_blocks": self._pool.blocks.capacity}),
+            **({"kv_blocks": self.kv_blocks} if self.kv_blocks else {}),
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

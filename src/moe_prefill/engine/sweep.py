@@ -103,8 +103,7 @@ def run_layer(
         residual = x_TD[chunk.rows]
         q = decoder.queries(layer.attention, residual, rope[chunk.rows])
         attended = attend(decoder, q, k, v, chunk)
-        residual = decoder.attention_output(layer.attention, attended, residual)
-        out[chunk.target] = decoder.feed_forward(layer, residual, bank)
+        decoder.finish(layer, attended, residual, bank, out[chunk.target])
 
     cores.each(compute, chunks)
     return out

@@ -51,25 +51,39 @@ class Decoder:
         normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
         return self._shape(self._project(weights, normed, 0, self._q_width), weights.q_norm, rope)
 
-    def attention_output(
-        self, weights: AttentionWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor
-    ) -> torch.Tensor:
-        """``residual + attended @ out``; [T, D]."""
-        return residual_TD + self.project_output(weights, attended_THd)
+    def finish(
+        self,
+        layer: LayerWeights,
+        attended_THd: torch.Tensor,
+        residual_TD: torch.Tensor,
+        bank: ExpertBank | None,
+        out_TD: torch.Tensor,
+    ) -> None:
+        """All of a layer behind its attention, written to ``out_TD``, which may be ``residual_TD``: that is used up."""
+        projected = self.project_output(layer.attention, attended_THd)
+        normed = ops.add_rms_norm_(residual_TD, projected, layer.ffn_norm, self.spec.norm_eps)
+        self.feed_forward(layer, residual_TD, normed, bank, out_TD)
 
     def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
         """``attended @ out``; [T, D]."""
         return F.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
 
-    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
-        """``x + experts(norm(x))`` in a sparse layer, ``x + dense(norm(x))`` in a dense one; [T, D]."""
-        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
+    def feed_forward(
+        self,
+        layer: LayerWeights,
+        x_TD: torch.Tensor,
+        normed_TD: torch.Tensor,
+        bank: ExpertBank | None,
+        out_TD: torch.Tensor,
+    ) -> None:
+        """``x + experts(normed)`` in a sparse layer, ``x + dense(normed)`` in a dense one, written to ``out_TD``."""
         if isinstance(layer.ffn, DenseWeights):
-            return x_TD + self.dense(layer.ffn, normed)
+            torch.add(x_TD, self.dense(layer.ffn, normed_TD), out=out_TD)
+            return
         assert bank is not None, "a sparse layer needs its expert bank"
-        weights, ids = self.route(layer.ffn, normed)
-        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
-        return ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, bank.scales)
+        weights, ids = self.route(layer.ffn, normed_TD)
+        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed_TD)
+        ops.experts(normed_TD, weights, ids, bank.gate_up, bank.down, base, bank.scales, out=out_TD)
 
     def route(self, weights: MoeWeights, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids [T, K] of the experts of normed rows."""

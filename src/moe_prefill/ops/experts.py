@@ -43,8 +43,10 @@ def experts(
     *,
     num_rows: int | None = None,
     x_scale_T: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``residual + sum of the weighted experts``; a new tensor [T, D]. Deterministic; no host synchronisation on CUDA.
+    """``residual + sum of the weighted experts``; a new tensor [T, D], or ``out``, which may be the residual itself.
+    Deterministic; no host synchronisation on CUDA.
 
     Rows are put in the order of ``order_by_expert``. Where only some of the T K ids are in this bank, ``num_rows``
     says how many; the others are E or more, cost nothing and add nothing. Float8 matrices come with ``scales`` float32
@@ -53,7 +55,7 @@ def experts(
     ``block_experts``) it comes plain.
     """
     if num_rows == 0:
-        return residual_TD.clone()
+        return residual_TD.clone() if out is None else out.copy_(residual_TD)
     if scales is not None and scales[0].ndim == 4:
         weights_TK = weights_TK if num_rows is None else weights_TK.masked_fill(ids_TK >= len(gate_up_E2ID), 0.0)
         rows = aligned_rows(ids_TK, len(gate_up_E2ID), num_rows)
@@ -69,7 +71,7 @@ def experts(
         both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], order.ends_E, residual_TD.dtype)
         hidden_RI, scale_R = swiglu_quantize(both_R2I)
         out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], order.ends_E, residual_TD.dtype)
-    return combine(out_RD, order.row_of_slot_TK, weights_TK, residual_TD)
+    return combine(out_RD, order.row_of_slot_TK, weights_TK, residual_TD, out)
 
 
 def ref_combine(
@@ -87,15 +89,19 @@ def ref_combine(
 
 
 def combine(
-    rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
+    rows_RD: torch.Tensor,
+    row_of_slot_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    residual_TD: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gather each token's K expert rows, weigh, add to the residual; a new tensor [T, D]."""
+    """Gather each token's K expert rows, weigh, add to the residual; a new tensor [T, D], or ``out``."""
     assert len(row_of_slot_TK) == len(weights_TK) == len(residual_TD), (row_of_slot_TK.shape, residual_TD.shape)
     if use_triton(rows_RD):
         from .kernels.combine import combine_kernel
 
-        return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
+        return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD, out)
     # A bag of rows with weights is what an embedding bag sums, in float32, in one pass over the rows.
     weights = weights_TK.to(rows_RD.dtype).masked_fill(row_of_slot_TK < 0, 0.0)
     total = F.embedding_bag(row_of_slot_TK.clamp(min=0), rows_RD, per_sample_weights=weights, mode="sum")
-    return total.add_(residual_TD)
+    return torch.add(residual_TD, total, out=total if out is None else out)

@@ -24,7 +24,7 @@ class Budget:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pins:
     """What the user decides himself; None: the plan does. ``usual_chunk_rows``: what calibration found best, and where
-    memory is short the plan may take less.
+    memory is short the plan may take less. ``kv_blocks``: blocks of prefix K and V that are kept.
     """
 
     residency: str | None = None
@@ -32,6 +32,7 @@ class Pins:
     chunk_rows: int | None = None
     prefetch_depth: int | None = None
     usual_chunk_rows: int | None = None
+    kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class ResidencyPlan:
     ``bank_buffers`` whole banks are kept for streamed layers; ``prefetch_depth`` of them (or of ``staged_shards``,
     where a level is hybrid) fill ahead of the one that is read. ``largest_sweep_tokens`` would fit at these levels,
     ``largest_streamed_tokens`` if every bank streamed that the host has room for, both with the smallest chunks.
+    ``kv_blocks``: blocks of 16 tokens of the pool that keeps prefixes.
     """
 
     levels: Levels
@@ -53,6 +55,7 @@ class ResidencyPlan:
     prefetch_depth: int
     bank_buffers: int
     staged_shards: int
+    kv_blocks: int
     sweep: MemoryPlan
     longest_request: int
     largest_sweep_tokens: int

@@ -20,6 +20,7 @@ from ..memory import (
     GIB,
     grown,
     is_good,
+    kv_block_bytes,
     largest_sweep,
     memory_plan,
     show_bytes,
@@ -81,6 +82,7 @@ class _Planner:
         self.dtype, self.bank_dtype, self.element = dtype, bank_dtype, DTYPE_BYTES[dtype]
         self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
         self.weights = weight_bytes(spec, self.element, float8=DTYPE_BYTES[bank_dtype] == 1)
+        self.prefixes = pins.kv_blocks * kv_block_bytes(spec, self.element)
         self.pinned = parse_residency(pins.residency or "auto", spec, budget.ranks)
         self.sizes = sweep_sizes(budget.kind, pins.max_sweep_tokens, pins.chunk_rows, pins.usual_chunk_rows)
 
@@ -163,6 +165,7 @@ class _Planner:
         return {
             **self.weights,
             **self._banks(candidate.levels),
+            "prefix keys and values": self.prefixes,
             **sweep.bytes_by_purpose,
             "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
         }
@@ -188,6 +191,7 @@ class _Planner:
     def _room(self, candidate: _Candidate) -> int:
         """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
         fixed = sum(self.weights.values()) + sum(self._banks(candidate.levels).values()) + self._reserve()
+        fixed += self.prefixes
         left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
         return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
 
@@ -213,6 +217,7 @@ class _Planner:
             prefetch_depth=prefetch_depth(chosen.levels, depth),
             bank_buffers=bank_buffers(chosen.levels, depth),
             staged_shards=staged_shards(chosen.levels, depth),
+            kv_blocks=self.pins.kv_blocks,
             sweep=sweep,
             longest_request=min(self.spec.max_positions, chosen.tokens),
             largest_sweep_tokens=self._room(replace(chosen, chunk_rows=least)),
@@ -242,6 +247,8 @@ class _Planner:
 
     def _remedy(self, host: Mapping[str, int]) -> str:
         missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)
+        if self.prefixes:
+            return f"use a smaller --kv-gib (now {show_bytes(self.prefixes)}; 0 keeps nothing)"
         more = "more GPUs, more device memory (--hbm-gib), 8-bit experts (--quantization fp8)"
         if self.pinned is not None:
             return f"use --residency auto, a smaller --max-sweep-tokens, or {more}"

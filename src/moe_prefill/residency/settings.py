@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import EngineConfig
 from ..core import ModelSpec
 from ..machine import MachineProfile
 from .plan import Budget, Pins, ResidencyPlan
 from .planner import plan_residency
+from .prefixes import plan_with_prefixes
 from .speed import predicted_speed
 
 TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests
@@ -49,4 +52,9 @@ def plan_for(
             transfer=config.transport,
             prefetch_depth=config.prefetch_depth,
         )
-    return plan_residency(spec, budget, dtype=dtype, bank_dtype=stored, pins=pins, speed=speed)
+
+    def plan(kv_blocks: int) -> ResidencyPlan:
+        mine = replace(pins, kv_blocks=kv_blocks)
+        return plan_residency(spec, budget, dtype=dtype, bank_dtype=stored, pins=mine, speed=speed)
+
+    return plan_with_prefixes(config, spec, budget, dtype, plan)

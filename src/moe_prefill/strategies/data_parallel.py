@@ -43,14 +43,21 @@ class DataParallelDecoder(Decoder):
         self._collectives = collectives
         self._dtype = dtype
 
-    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
+    def feed_forward(
+        self,
+        layer: LayerWeights,
+        x_TD: torch.Tensor,
+        normed_TD: torch.Tensor,
+        bank: ExpertBank | None,
+        out_TD: torch.Tensor,
+    ) -> None:
         if isinstance(layer.ffn, DenseWeights):
-            return super().feed_forward(layer, x_TD, bank)
+            super().feed_forward(layer, x_TD, normed_TD, bank, out_TD)
+            return
         assert bank is not None, "a sparse layer needs its share of the expert bank"
-        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
-        weights, ids = self.route(layer.ffn, normed)
-        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed)
-        return self.step(RoutedRows(normed, weights, ids, base), bank)
+        weights, ids = self.route(layer.ffn, normed_TD)
+        base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed_TD)
+        out_TD.copy_(self.step(RoutedRows(normed_TD, weights, ids, base), bank))
 
     def join(self, bank: ExpertBank) -> None:
         """One step without tokens of its own."""

@@ -24,21 +24,26 @@ class TensorParallelDecoder(Decoder):
         self._splits_banks = len(share.experts) < share.whole.num_experts
         self._collectives = collectives
 
-    def attention_output(
-        self, weights: AttentionWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor
-    ) -> torch.Tensor:
-        return residual_TD + self._collectives.all_reduce(self.project_output(weights, attended_THd))
+    def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
+        return self._collectives.all_reduce(super().project_output(weights, attended_THd))
 
-    def feed_forward(self, layer: LayerWeights, x_TD: torch.Tensor, bank: ExpertBank | None) -> torch.Tensor:
-        normed = ops.rms_norm(x_TD, layer.ffn_norm, self.spec.norm_eps)
+    def feed_forward(
+        self,
+        layer: LayerWeights,
+        x_TD: torch.Tensor,
+        normed_TD: torch.Tensor,
+        bank: ExpertBank | None,
+        out_TD: torch.Tensor,
+    ) -> None:
         if isinstance(layer.ffn, DenseWeights):
-            return x_TD + self._collectives.all_reduce(self.dense(layer.ffn, normed))
-        assert bank is not None, "a sparse layer needs its share of the expert bank"
-        weights, ids = self.route(layer.ffn, normed)
-        base = torch.zeros_like(x_TD) if layer.ffn.shared is None else self.shared(layer.ffn, normed)
-        ids, num_rows = self._within_bank(ids)
-        part = ops.experts(normed, weights, ids, bank.gate_up, bank.down, base, bank.scales, num_rows=num_rows)
-        return x_TD + self._collectives.all_reduce(part)
+            part = self.dense(layer.ffn, normed_TD)
+        else:
+            assert bank is not None, "a sparse layer needs its share of the expert bank"
+            weights, ids = self.route(layer.ffn, normed_TD)
+            base = torch.zeros_like(x_TD) if layer.ffn.shared is None else self.shared(layer.ffn, normed_TD)
+            ids, num_rows = self._within_bank(ids)
+            part = ops.experts(normed_TD, weights, ids, bank.gate_up, bank.down, base, bank.scales, num_rows=num_rows)
+        torch.add(x_TD, self._collectives.all_reduce(part), out=out_TD)
 
     def norm_all_heads(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The mean square over all heads is the mean of the ranks' own: each holds equally many, and a key/value head

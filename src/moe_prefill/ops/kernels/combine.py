@@ -9,7 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, slot_ptr, weight_ptr, residual_ptr, out_ptr, residual_stride, D, K: tl.constexpr, BLOCK: tl.constexpr
+    rows_ptr,
+    slot_ptr,
+    weight_ptr,
+    residual_ptr,
+    out_ptr,
+    residual_stride,
+    out_stride,
+    D,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -22,17 +31,25 @@ def _combine_kernel(
         total += tl.where(row >= 0, weight * value, 0.0)
     kind = out_ptr.dtype.element_ty
     residual = tl.load(residual_ptr + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + column, (residual + total.to(kind).to(tl.float32)).to(kind), mask=inside)
+    tl.store(out_ptr + token * out_stride + column, (residual + total.to(kind).to(tl.float32)).to(kind), mask=inside)
 
 
 def combine_kernel(
-    rows_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, weights_TK: torch.Tensor, residual_TD: torch.Tensor
+    rows_RD: torch.Tensor,
+    row_of_slot_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    residual_TD: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``residual + sum_k weights[t, k] rows[row_of_slot[t, k]]``, summed in float32 in order of k; [T, D]."""
+    """``residual + sum_k weights[t, k] rows[row_of_slot[t, k]]``, summed in float32 in order of k; [T, D]. ``out`` may
+    be the residual itself.
+    """
     T, D = residual_TD.shape
     assert rows_RD.is_contiguous(), rows_RD.stride()
     assert residual_TD.stride(1) == 1, residual_TD.stride()
-    out = torch.empty(T, D, dtype=residual_TD.dtype, device=residual_TD.device)
+    out = torch.empty_like(residual_TD) if out is None else out
+    assert out.shape == residual_TD.shape, (out.shape, residual_TD.shape)
+    assert out.stride(1) == 1, out.stride()
     if T:
         block = min(2048, triton.next_power_of_2(D))
         _combine_kernel[(T, triton.cdiv(D, block))](
@@ -42,6 +59,7 @@ def combine_kernel(
             residual_TD,
             out,
             residual_TD.stride(0),
+            out.stride(0),
             D,
             K=weights_TK.shape[1],
             BLOCK=block,
