@@ -106,7 +106,11 @@ def _cell(model: Any, cell: Cell, job: Job) -> dict[str, Any]:
     for experts in EXPERTS[device]:
         model.set_experts_implementation(experts)
         for batch in sizes:
-            tried[(experts, batch)] = min(_seconds(model, rows[:batch]) for _ in range(2)) / batch
+            try:
+                tried[(experts, batch)] = min(_seconds(model, rows[:batch]) for _ in range(2)) / batch
+            except torch.OutOfMemoryError:  # of a large batch, on a small GPU; a smaller one was timed
+                if not tried:
+                    raise
     experts, batch = min(tried, key=lambda setting: tried[setting])
     model.set_experts_implementation(experts)
     timing = Timing(job.seconds)
