@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_prefill.errors import ModelError, RowError, UsageError
-from moe_prefill.text import ChatTemplate, Tokenizer
+from moe_prefill.text import ChatTemplate, Tokenizer, chat
 from tests.text.tokenizers_for_tests import WITH_CHAT, real, real_directory, write_small
 
 MADE = {
@@ -110,6 +110,33 @@ def test_what_cannot_be_rendered_is_named() -> None:
     assert caught.value.code == "chat_template"
     with pytest.raises(RowError, match="unsafe"):
         ChatTemplate("{{ messages.append.__globals__ }}", {}).render("x")
+
+
+@pytest.mark.parametrize(
+    "runaway",
+    [
+        "{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{{ (9 ** 999999) ** 999 }}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ messages[0].content.ljust(10 ** 11) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+    ids=["loops", "one operation", "memory", "memory of a method", "recursion"],
+)
+def test_a_template_that_runs_away_is_stopped_and_the_next_one_renders(runaway: str) -> None:
+    good = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises((RowError, ModelError)):
+        ChatTemplate(runaway, {}).render("x")
+    assert good.render("é") == "é"
+
+
+def test_the_process_that_renders_may_be_lost() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    process = chat._renderer._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert template.render("x") == "x"
 
 
 def _messages(user: str, system: str | None) -> list[dict[str, str]]:

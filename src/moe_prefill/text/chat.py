@@ -1,22 +1,26 @@
-"""Renders a model's chat template the way transformers' ``apply_chat_template`` does."""
+"""Renders a model's chat template the way transformers' ``apply_chat_template`` does, in a process of its own.
+
+A template is a program that comes with a model. It runs in Jinja's sandbox, in a process that is ended when it computes
+too long or wants too much memory (``renderer``), so no template holds up or harms who asks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from moe_prefill.errors import ModelError, RowError, UsageError
 
-from ..errors import ModelError, RowError, UsageError
-
-# What an expression of a template raises when messages are not what it expects.
-_TEMPLATE_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class ChatTemplate:
@@ -31,11 +35,11 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self.today = today or datetime.datetime.now()
-        self._variables = dict(special_tokens)
-        try:
-            self._template = _environment(self.today).from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the model's chat template cannot be parsed: {error}") from error
+        self._fixed = {"source": source, "variables": dict(special_tokens), "today": self.today.isoformat()}
+        told = _renderer.ask(self._fixed)
+        if "text" not in told:
+            why = told.get("invalid") or told["error"]
+            raise ModelError(f"the model's chat template cannot be parsed: {why}")
 
     @classmethod
     def of(cls, template: str | None, special_tokens: Mapping[str, str], date: str | None = None) -> ChatTemplate:
@@ -62,47 +66,61 @@ class ChatTemplate:
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """As ``render``, for a conversation of several messages with ``role`` and ``content``."""
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                **self._variables,
+        told = _renderer.ask({**self._fixed, "messages": messages})
+        if "text" not in told:
+            why = told.get("invalid") or told["error"]
+            raise RowError("chat_template", f"the model's chat template refused the messages: {why}")
+        return told["text"]
+
+
+class _Renderer:
+    """The process, started when it is first needed and again after it ended. Thread-safe: one request at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # process id: a fork of this one must not read the answers of its parent
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """``text``, or why there is none."""
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            for _ in range(2):  # it may have been ended while nobody asked
+                told, status = self._exchange(line)
+                if told:
+                    return dict(json.loads(told))
+                if status == -signal.SIGPROF:
+                    return {"error": "it did not end in the processor time that a rendering may take"}
+        return {"error": f"the process that renders it ended with status {status}"}
+
+    def _exchange(self, line: bytes) -> tuple[bytes, int]:
+        """The answer; or none, and the exit status of the process."""
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line)
+            process.stdin.flush()
+        told = process.stdout.readline()
+        if told:
+            return told, 0
+        self._process = None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        return b"", process.wait()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._owner != os.getpid():
+            # -P: the modules beside the program are not its imports.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
             )
-        except (jinja2.TemplateError, *_TEMPLATE_MISTAKES) as error:
-            raise RowError("chat_template", f"the model's chat template refused the messages: {error}") from error
+            self._owner = os.getpid()
+        return self._process
 
 
-class _Generation(jinja2.ext.Extension):
-    """Templates mark what the assistant says with a ``generation`` block; here its content simply stands."""
-
-    tags = {"generation"}  # noqa: RUF012 - the attribute that jinja reads
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment(today: datetime.datetime) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja's own filter escapes HTML, which no model was trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = today.strftime
-    return environment
+_renderer = _Renderer()  # one for all templates of this process; it ends when its input does
