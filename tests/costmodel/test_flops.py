@@ -194,3 +194,42 @@ def test_a_batch_of_requests_costs_what_the_engine_says_it_did(seed):
     assert batch.num_tokens == engine.stats.computed_tokens
     assert batch_flops(converted.spec, batch) == engine.stats.flops
     assert batch_flops(converted.spec, batch.times(3)) == 3 * engine.stats.flops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_a_hit_the_engine_does_the_products_that_are_counted(family):
+    converted = convert(random_model(family, 1))
+    spec, rng = converted.spec, np.random.default_rng(7)
+    engine = engine_of(converted, sharing="off", kv_blocks=100)
+    prompts = [rng.integers(0, VOCAB, length).astype(np.int32) for length in (40, 25, 9)]
+
+    def asking(tokens):
+        asked = np.asarray([len(tokens) - 1], np.int32)
+        return AtomicRequest(tokens, asked, NO_IDS, np.zeros(2, np.int32), vocabulary=True)
+
+    engine.score([asking(tokens) for tokens in prompts])
+    before = engine.stats.flops
+    requests = [asking(np.r_[tokens, tokens[:5]]) for tokens in prompts]
+    with Counter(spec.head_dim) as counter:
+        engine.score(requests)
+    held = [32, 16, 0]
+    first, lengths = np.asarray(held), np.asarray([len(request.tokens) for request in requests])
+    rows, last = Rows.of(first, lengths - first), Rows.of(lengths - 1, 1)
+    attention = sum(rows.num_pairs(layer.window) for layer in spec.layers[:-1])
+    attention = 4 * spec.num_heads * spec.head_dim * (attention + last.num_pairs(spec.layers[-1].window))
+    counted_flops = counter.products + attention
+    assert engine.stats.flops - before == batch_flops(spec, Batch(rows, last, 3, 3 * VOCAB)) == counted_flops
+    batch = Batch.from_requests(requests, ["", "", ""], SHARE_NOTHING, VOCAB, held)
+    assert batch.num_tokens == lengths.sum() - 48
+    assert batch_flops(spec, batch) == counted_flops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hit_saves_what_computing_it_costs_the_plain_model(family):
+    model = random_model(family, 2)
+    spec = convert(model).spec
+    for held, length in ((16, 45), (32, 33)):
+        saved = batch_flops(spec, all_asked(Rows.of(0, length))) - batch_flops(
+            spec, all_asked(Rows.of(held, length - held))
+        )
+        assert saved == counted(model, held)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_prefill.engine.layout import all_runs, asked_runs, chunks, ranges
+from moe_prefill.engine.layout import Runs, all_runs, asked_runs, chunks, ranges
 from moe_prefill.forest import SHARE_EVERYTHING, SHARE_NOTHING, Forest, SharingRule, build_forest
 
 BATCHES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=12)
@@ -21,9 +21,11 @@ def path_rows(forest: Forest, row: int) -> list[int]:
     return rows
 
 
-def seen_rows(chunk, window) -> dict[int, list[int]]:
-    """Keys that the chunk's calls show to each of its query rows, from the calls' definition."""
-    rows = np.arange(chunk.rows.start, chunk.rows.stop) if isinstance(chunk.rows, slice) else chunk.rows
+def seen_rows(chunk, window, residual) -> dict[int, list[int]]:
+    """Keys that the chunk's calls show to each of its query rows, from the calls' definition; ``residual``: packed
+    rows that have one.
+    """
+    rows = residual[chunk.rows]
     seen: dict[int, list[int]] = {int(row): [] for row in rows}
     for call in (*chunk.diagonal, *chunk.levels):
         keys = np.arange(call.keys.start, call.keys.stop) if isinstance(call.keys, slice) else call.keys
@@ -38,6 +40,18 @@ def seen_rows(chunk, window) -> dict[int, list[int]]:
     return seen
 
 
+def assert_paths_are_seen(forest: Forest, runs: Runs, computed: Runs | None, window, **cut) -> None:
+    residual = np.arange(forest.num_tokens) if computed is None else computed.rows()
+    covered: list[int] = []
+    for chunk in chunks(forest, runs, computed=computed, window=window, **cut):
+        assert chunk.num_rows <= cut["max_rows"]
+        for row, keys in seen_rows(chunk, window, residual).items():
+            want = path_rows(forest, row)
+            assert sorted(keys) == sorted(want if window is None else want[-window:])
+            covered.append(row)
+    assert covered == runs.rows().tolist()
+
+
 @given(
     BATCHES,
     RULES,
@@ -49,18 +63,17 @@ def seen_rows(chunk, window) -> dict[int, list[int]]:
 )
 def test_every_row_sees_its_path_and_nothing_else(batch, rule, window, levels, max_rows, max_keys, random):
     forest = build_forest([np.asarray(tokens, np.int32) for tokens in batch], rule)
+    cut = {"levels": levels, "max_rows": max_rows, "max_keys": max_keys}
     some = sorted(random.sample(range(forest.num_tokens), random.randint(1, forest.num_tokens)))
-    for runs in (all_runs(forest), asked_runs(forest, np.asarray(some))):
-        covered: list[int] = []
-        for chunk in chunks(forest, runs, window=window, levels=levels, max_rows=max_rows, max_keys=max_keys):
-            assert chunk.num_rows <= max_rows
-            for row, keys in seen_rows(chunk, window).items():
-                want = path_rows(forest, row)
-                want = want if window is None else want[-window:]
-                assert sorted(keys) == sorted(want)
-                covered.append(row)
-        assert covered == runs.rows().tolist()
-    assert set(some) <= set(covered)
+    asked = asked_runs(forest, np.asarray(some))
+    assert set(some) <= set(asked.rows().tolist())
+    assert_paths_are_seen(forest, all_runs(forest), None, window, **cut)
+    assert_paths_are_seen(forest, asked, None, window, **cut)
+    # Others come from a pool: they have keys, but ask nothing.
+    more = sorted({*asked.rows().tolist(), *random.sample(range(forest.num_tokens), random.randint(0, len(some)))})
+    computed = asked_runs(forest, np.asarray(more))
+    assert_paths_are_seen(forest, computed, computed, window, **cut)
+    assert_paths_are_seen(forest, asked, computed, window, **cut)
 
 
 def test_ranges():

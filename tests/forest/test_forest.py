@@ -82,6 +82,20 @@ def test_salted_requests_share_nothing(batch):
     assert all(len(salt) == 1 for salt in owners.values())
 
 
+@given(BATCHES, RULES, st.data())
+def test_needed_are_the_rows_that_some_request_does_not_find_in_the_pool(batch, rule, data):
+    sequences, salts = arrays(batch)
+    forest = build_forest(sequences, rule, salts)
+    lengths = np.asarray([len(sequence) for sequence in sequences])
+    held = np.asarray([data.draw(st.integers(0, len(sequence) - 1)) for sequence in sequences])
+    wanted: set[int] = set()
+    for request, (begin, end) in enumerate(zip(held, lengths, strict=True)):
+        positions = np.arange(begin, end)
+        wanted |= set(forest.rows_of(np.full(len(positions), request), positions).tolist())
+    assert forest.needed_rows(lengths, held).tolist() == sorted(wanted)
+    assert forest.needed_rows(lengths, 0 * held).tolist() == list(range(forest.num_tokens))
+
+
 @given(BATCHES, RULES, st.randoms())
 def test_the_packing_does_not_depend_on_arrival_order(batch, rule, random):
     if not rule.share:

@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prefill.blocks import BlockChange, BlockEvents, BlockHasher, BlockPool, common_blocks, held_blocks
+from moe_prefill.blocks import (
+    BlockChange,
+    BlockEvents,
+    BlockHasher,
+    BlockPool,
+    common_blocks,
+    held_blocks,
+    sibling_blocks,
+)
 from moe_prefill.frontend import PrefixTable
 
 RUNS = 2000 if os.environ.get("MOE_PREFILL_LONG") else 150
@@ -59,12 +67,16 @@ def check_pool(pool, chains):
 def test_the_table_follows_the_pool_exactly_however_late_events_come(data, capacity):
     pool, table, seen, sent, read = BlockPool(3, capacity), PrefixTable(3), [], [], []
     for _ in range(data.draw(st.integers(1, 12))):
-        match data.draw(st.sampled_from(["store", "hold", "release", "deliver", "snapshot"])):
+        match data.draw(st.sampled_from(["store", "fail", "hold", "release", "deliver", "snapshot"])):
             case "store":
                 chains = [chain_of(word) for word in data.draw(st.lists(words, min_size=1, max_size=3))]
                 seen += chains
                 new = pool.store(chains, [data.draw(st.integers(0, len(chain))) for chain in chains])
                 assert all(digest in pool for digest in new)
+                sent.append(pool.take_events())
+            case "fail":
+                chain = chain_of(data.draw(words))
+                pool.discard(pool.store([chain], [len(chain)]))
                 sent.append(pool.take_events())
             case "hold" if seen:
                 chain = data.draw(st.sampled_from(seen))
@@ -104,6 +116,26 @@ def test_the_ends_of_the_prefix_that_was_not_used_go_first():
     pool.hold(old[:1])
     pool.store([chain_of([1, 1, 1, 1])], [4])
     assert pool.match(old, 2) == 1, "it is read"
+
+
+def test_changes_that_nobody_takes_become_a_snapshot():
+    pool, table = BlockPool(0, 2), PrefixTable(0)
+    chain = chain_of([0, 0])
+    for _ in range(2000):
+        pool.store([chain], [2])
+    assert sum(len(change.digests) for change in pool._changes) < 2000
+    events = pool.take_events()
+    assert events.snapshot
+    table.apply(events)
+    assert table.audit(list(pool._slots)) == []
+    pool.store([chain], [2])
+    assert [change.kind for change in pool.take_events().changes] == ["used"]
+
+
+def test_what_siblings_share_is_what_any_two_have_in_common():
+    chains = [chain_of(word) for word in ([0, 0, 0], [1, 1], [0, 0, 1], [1], [])]
+    assert sibling_blocks(chains) == [2, 1, 2, 1, 0]
+    assert sibling_blocks([]) == []
 
 
 def events(number, *changes, generation=0, **more):

@@ -1,6 +1,6 @@
 """FLOPs, bytes and seconds of a sweep, part by part, and the saturation threshold T. Torch-free."""
 
-from .batch import Batch, Rows
+from .batch import Batch, Rows, runs_of
 from .flops import LayerFlops, batch_flops, layer_flops, sweep_flops
 from .predict import SweepPrediction, predict_sweep
 from .saturation import Saturation, Window, saturation, tightest_window
@@ -31,6 +31,7 @@ __all__ = [
     "layer_seconds",
     "layer_work",
     "predict_sweep",
+    "runs_of",
     "saturation",
     "sweep_flops",
     "tightest_window",

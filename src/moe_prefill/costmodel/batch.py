@@ -100,9 +100,16 @@ class Batch:
 
     @classmethod
     def from_requests(
-        cls, requests: Sequence[AtomicRequest], salts: Sequence[str], rule: SharingRule, vocab_size: int
+        cls,
+        requests: Sequence[AtomicRequest],
+        salts: Sequence[str],
+        rule: SharingRule,
+        vocab_size: int,
+        held: Sequence[int] | None = None,
     ) -> Batch:
-        """One sweep of these requests: shared as ``rule`` says, every asked position carried and read once."""
+        """One sweep of these requests: shared as ``rule`` says, every asked position carried and read once. ``held``:
+        how many leading tokens of each have their K and V in the pool.
+        """
         forest = build_forest([request.tokens for request in requests], rule, salts)
         counts = [len(request.positions) for request in requests]
         owner, positions = np.repeat(np.arange(len(requests)), counts), np.concatenate([r.positions for r in requests])
@@ -112,14 +119,32 @@ class Batch:
         pairs = np.repeat(asked * vocab_size, pairs_asked) + np.concatenate([request.ids for request in requests])
         few = np.unique(pairs[~np.repeat(vocabulary, pairs_asked)])  # (row, id) pairs asked by themselves
         head_rows = len(np.unique(asked[vocabulary])) * vocab_size + len(few)
-        carried = np.unique(asked)
-        return cls.from_forest(forest, carried, asked_rows=len(carried), head_rows=head_rows)
+        carried, computed = np.unique(asked), None
+        if held is not None:
+            lengths = np.asarray([len(request.tokens) for request in requests])
+            computed = forest.needed_rows(lengths, np.asarray(held, np.int64))
+        return cls.from_forest(forest, carried, computed=computed, asked_rows=len(carried), head_rows=head_rows)
 
     @classmethod
-    def from_forest(cls, forest: Forest, carried: Int64Array, *, asked_rows: int, head_rows: int) -> Batch:
-        """The segments of a forest; ``carried``: packed rows that the last layer carries, ascending."""
+    def from_forest(
+        cls,
+        forest: Forest,
+        carried: Int64Array,
+        *,
+        computed: Int64Array | None = None,
+        asked_rows: int,
+        head_rows: int,
+    ) -> Batch:
+        """The segments of a forest; ``carried``: packed rows that the last layer carries, ascending; ``computed``: the
+        rows that are not in the pool, all by default.
+        """
         segments = Rows.of(forest.first_position, forest.stop - forest.start)
-        owner = forest.segment_of_rows(carried)
-        begins = np.flatnonzero((np.diff(carried, prepend=-2) != 1) | (np.diff(owner, prepend=-1) != 0))
-        lengths = np.diff(begins, append=len(carried))
-        return cls(segments, Rows.of(forest.positions[carried[begins]], lengths), asked_rows, head_rows)
+        rows = segments if computed is None else runs_of(forest, computed)
+        return cls(rows, runs_of(forest, carried), asked_rows, head_rows)
+
+
+def runs_of(forest: Forest, rows: Int64Array) -> Rows:
+    """Ascending packed rows of a forest as runs, each within a segment."""
+    owner = forest.segment_of_rows(rows)
+    begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(owner, prepend=-1) != 0))
+    return Rows.of(forest.positions[rows[begins]], np.diff(begins, append=len(rows)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..blocks import BLOCK_TOKENS, BlockEvents, BlockPool
-from ..costmodel import Batch, Rows
+from ..costmodel import Batch, Rows, runs_of
 from ..frontend import FormedSweep
 from .timing import SweepTimer
 
@@ -62,11 +62,8 @@ class SimulatedWorker:
 
 
 def _batch(sweep: FormedSweep, hits: tuple[int, ...]) -> Batch:
-    """The segments of the sweep's forest, less what lies in the pool."""
-    forest = sweep.forest
-    pooled = BLOCK_TOKENS * np.asarray(hits, np.int64)[forest.request_of]
-    end = forest.first_position + forest.stop - forest.start
-    first = np.maximum(forest.first_position, pooled)
-    rows = Rows.of(first, np.maximum(end - first, 0))
+    """The segments of the sweep's forest, less what lies in the pool and nobody computes."""
+    forest, lengths = sweep.forest, np.asarray([ticket.num_tokens for ticket in sweep.tickets])
+    rows = runs_of(forest, forest.needed_rows(lengths, BLOCK_TOKENS * np.asarray(hits, np.int64)))
     carried = Rows.of([t.first_asked for t in sweep.tickets], [t.asked for t in sweep.tickets])
     return Batch(rows, carried, carried.num_rows, sum(ticket.head_rows for ticket in sweep.tickets))
