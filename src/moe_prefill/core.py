@@ -6,7 +6,7 @@ K entries of a top-k list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol, runtime_checkable
 
@@ -267,6 +267,27 @@ class StartingEngine(Protocol):
     """
 
     def start(self, requests: Sequence[AtomicRequest]) -> Callable[[], list[AtomicResult | Exception]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """One worker at this moment, for status and metrics. FLOPs: ``load_flops`` is L_i, ``saturation_flops`` T (None:
+    not known). ``residency``: how many layers there are of each level. ``stats``: its own work so far.
+    """
+
+    rank: int
+    alive: bool
+    load_flops: int
+    saturation_flops: int | None
+    residency: Mapping[str, int]
+    stats: RunStats
+
+
+@runtime_checkable
+class ReportingEngine(Protocol):
+    """An engine that knows its workers one by one. ``worker_states`` may be called by any thread."""
+
+    def worker_states(self) -> Sequence[WorkerState]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
