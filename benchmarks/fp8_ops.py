@@ -250,7 +250,7 @@ def block_products(
     E, I, D = shapes.experts, shapes.size, shapes.hidden
     n, c = ((I, D), (D, I))[index]
     matrices, scale = bank.blocks.view(3 * E, n, c), bank.block_scales[index].flatten(0, 1)
-    values, scale_GM = quantize_groups(normal(len(rows.token), c, device=bench.device))
+    values, scale_GM = quantize_groups(normal(len(rows.expert), c, device=bench.device))
     indices = [
         torch.where(rows.expert < 0, -1, 3 * rows.expert + which).to(torch.int32) for which in ((0, 1), (2,))[index]
     ]
@@ -268,7 +268,7 @@ def block_products(
         )
         return distance(y[some], want)
 
-    share = len(rows.token) / rows.row_of_slot.numel()
+    share = len(rows.expert) / rows.order.row_of_slot_TK.numel()
     bench.run(f"{label} fp8 blocks (DeepGEMM, x{share:.3f} rows)", work, error=error, flops=flops)
 
 

@@ -31,8 +31,8 @@ def resident():
 
 def test_float8_is_close_to_float32_and_not_it(resident):
     difference = np.abs(resident - logits(dtype="float32"))
-    assert 0 < np.median(difference) < 0.1
-    assert np.quantile(difference, 0.99) < 0.6
+    assert 0 < np.median(difference) < 0.13
+    assert np.quantile(difference, 0.99) < 0.8
 
 
 @pytest.mark.parametrize("residency", ["offloaded", "resident:3,offloaded:3"])

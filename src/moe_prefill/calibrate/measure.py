@@ -68,7 +68,9 @@ def calibrate(
         profile = _whole_layers(bench, grid, profile, progress)
         if float8:
             bench = LayerBench(spec, device, dtype, grid.budget_s, float8=True)
-            profile = replace(profile, grouped={**profile.grouped, bench.precision: _grouped(bench, grid, progress)})
+            gemm = {bench.precision: _gemm(bench, grid)}
+            grouped = {bench.precision: _grouped(bench, grid, progress)}
+            profile = replace(profile, gemm={**profile.gemm, **gemm}, grouped={**profile.grouped, **grouped})
             profile = _whole_layers(bench, grid, profile, progress)
         del bench
     if device.type == "cuda":
@@ -87,7 +89,7 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
     """Everything that is measured on its own; the rest is still to be filled."""
     kind = bench.device.type
     progress("matrix products")
-    gemm = curve([(rows, bench.gemm(rows)) for rows in grid.rows])
+    gemm = _gemm(bench, grid)
     grouped = _grouped(bench, grid, progress)
     progress("attention")
     longest = max(grid.rows)
@@ -110,6 +112,10 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
         transfers={},
         bank_bytes=0,
     )
+
+
+def _gemm(bench: LayerBench, grid: Grid) -> Curve:
+    return curve([(rows, bench.gemm(rows)) for rows in grid.rows])
 
 
 def _grouped(bench: LayerBench, grid: Grid, progress: Progress) -> Curve:

@@ -5,12 +5,12 @@ Letters: T rows, D hidden, H query heads, G key/value heads, d head channels, E 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .. import ops
 from ..checkpoint import dummy_slots
@@ -24,7 +24,7 @@ from ..machine import Curve, MachineProfile
 from ..memory import memory_plan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, LayerWeights, weights_from_slots
-from ..shapes import bank_shapes, slot_shapes
+from ..shapes import bank_shapes, float8_slots, slot_shapes
 from .timing import seconds
 
 _FIT_LENGTH = 256  # tokens a request of the whole layers that are timed: attention is a small part of them
@@ -40,25 +40,25 @@ def one_layer(spec: ModelSpec) -> ModelSpec:
 
 
 class LayerBench:
-    """One layer with random weights on a device, and the operations in it; ``float8`` is about the experts."""
+    """One layer with random weights on a device, and the operations in it; ``float8``: its linear maps and experts."""
 
     def __init__(
         self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, budget_s: float, *, float8: bool = False
     ) -> None:
         self.spec = one_layer(spec)
         self.device, self.dtype, self._budget_s = device, dtype, budget_s
-        self._layer, bank = self._weights()
+        self._layer, bank = self._weights(float8)
         self._bank = _quantised(bank) if float8 else bank
         self._decoder = Decoder(self.spec)
         self.precision = "float8" if float8 else str(dtype).removeprefix("torch.")
 
     def gemm(self, rows: int) -> float:
-        """FLOP/s of the QKV and output projections on ``rows`` rows."""
+        """FLOP/s of the QKV and output projections on ``rows`` rows, float8 rows being quantised on the way."""
         attention = self._layer.attention
         x_TD, wide_TQ = self._random(rows, attention.qkv.shape[1]), self._random(rows, attention.out.shape[1])
-        taken_s = self._seconds(lambda: F.linear(x_TD, attention.qkv))
-        taken_s += self._seconds(lambda: F.linear(wide_TQ, attention.out))
-        return 2 * rows * (attention.qkv.numel() + attention.out.numel()) / taken_s
+        taken_s = self._seconds(lambda: ops.linear(x_TD, attention.qkv))
+        taken_s += self._seconds(lambda: ops.linear(wide_TQ, attention.out))
+        return 2 * rows * sum(math.prod(matrix.shape) for matrix in (attention.qkv, attention.out)) / taken_s
 
     def grouped(self, tokens: int) -> float:
         """FLOP/s of both expert projections on ``tokens`` tokens, spread at random over the experts."""
@@ -129,7 +129,7 @@ class LayerBench:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
 
-    def _weights(self) -> tuple[LayerWeights, ExpertBank]:
+    def _weights(self, float8: bool) -> tuple[LayerWeights, ExpertBank]:
         shapes = slot_shapes(self.spec) | bank_shapes(self.spec)
         slots = dummy_slots(
             shapes,
@@ -138,7 +138,8 @@ class LayerBench:
             device=self.device,
         )
         bank = ExpertBank(slots["banks.0.gate_up"], slots["banks.0.down"])
-        return weights_from_slots(self.spec, slots).layers[0], bank
+        quantised = {slot: ops.Float8Rows.of(slots[slot]) for slot in float8_slots(shapes)} if float8 else {}
+        return weights_from_slots(self.spec, {**slots, **quantised}).layers[0], bank
 
 
 def _quantised(bank: ExpertBank) -> ExpertBank:

@@ -5,6 +5,7 @@ from .headers import Checkpoint, TensorEntry, open_checkpoint
 from .loader import audit, load_slots
 from .reader import same_values
 from .resolve import pinned_revision, read_config, resolve_directory
+from .scales import with_scales
 from .slots import Allocate, Keep
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "read_config",
     "resolve_directory",
     "same_values",
+    "with_scales",
 ]

@@ -32,7 +32,8 @@ from ..experts import (
 from ..models.weights import ExpertBank
 from ..residency import Level, expert_record, shard_of
 from ..shapes import Shape
-from .quantized import QuantizedRows
+from .block_scales import BlockScales, ScaledBanks
+from .quantized import QuantizedBlocks, QuantizedRows
 
 
 class BankMemory:
@@ -40,8 +41,9 @@ class BankMemory:
     sweeps read once the loader is through. All ranks of a group build theirs with the same levels.
 
     ``dtype`` is that of the banks, ``buffers`` the number of whole-bank buffers for streamed layers, ``staged_shards``
-    that of shards which hybrid layers bring ahead, ``transport`` how sharded banks are gathered. PlanError where the
-    system does not give the memory, or a GPU no access to its peers.
+    that of shards which hybrid layers bring ahead, ``transport`` how sharded banks are gathered. ``blocks``: float8
+    experts keep a scale for each block of 128 x 128 instead of one a row. PlanError where the system does not give the
+    memory, or a GPU no access to its peers.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class BankMemory:
         ranks: Ranks = ALONE,
         transport: str = "copy-engine",
         slice_bytes: int = DEFAULT_SLICE_BYTES,
+        blocks: bool = False,
     ) -> None:
         assert len(levels) == spec.num_layers, (len(levels), spec.num_layers)
-        layout = BankLayout(spec.num_experts, expert_record(spec, str(dtype).removeprefix("torch.")))
+        record = expert_record(spec, str(dtype).removeprefix("torch."), row_scales=not blocks)
+        layout = BankLayout(spec.num_experts, record)
         self._setup = Setup(layout=layout, device=device, ranks=ranks, slice_bytes=slice_bytes)
         self._levels = tuple(levels)
         self._buffers = buffers
@@ -70,6 +74,7 @@ class BankMemory:
         self._resident = {layer: self._new_bank() for layer in self._at("resident")}
         places = {layer: self._place(layer, level) for layer, level in enumerate(levels) if level is not None}
         self._views = {layer: layout.views(place) for layer, place in places.items()}
+        self._scales = BlockScales(spec, places, device) if blocks else None
 
     @property
     def in_rounds(self) -> bool:
@@ -81,17 +86,24 @@ class BankMemory:
         written.
         """
         layer, field = _bank_slot(slot)
-        views = self._views[layer]
+        views, device = self._views[layer], self._setup.device
+        if self._scales is not None:
+            kept = self._kept(layer)
+            return cast("torch.Tensor", QuantizedBlocks(views[field], self._scales.place(layer, field, kept), device))
         if views[field].dtype == ops.FLOAT8:
-            return cast("torch.Tensor", QuantizedRows(views[field], views[f"{field}_scale"]))
+            return cast("torch.Tensor", QuantizedRows(views[field], views[f"{field}_scale"], device))
         return views[field]
 
     def keep(self, slot: str, shape: Shape) -> range:
         """The experts of a bank that this rank holds."""
         layer, _ = _bank_slot(slot)
+        return self._kept(layer)
+
+    def _kept(self, layer: int) -> range:
+        experts = self._setup.layout.num_experts
         if self._levels[layer] in ("resident", "offloaded"):
-            return range(shape[0])
-        return shard_of(shape[0], self._setup.ranks.rank, self._setup.ranks.size)
+            return range(experts)
+        return shard_of(experts, self._setup.ranks.rank, self._setup.ranks.size)
 
     def source(self) -> BankSource[ExpertBank]:
         """The source of filled banks, which owns the memory from here on. All ranks meet here."""
@@ -102,7 +114,13 @@ class BankMemory:
         streamed = {i: self._transports[level] for i, level in enumerate(self._levels) if level in self._transports}
         buffers = [self._new_bank() for _ in range(self._buffers)] if streamed else []
         lane = open_lane(self._setup.device, self._setup.slice_bytes)
-        return StreamedBanks(resident, streamed, buffers, self._bank, lane)
+        banks = StreamedBanks(resident, streamed, buffers, self._bank, lane)
+        if self._scales is None:
+            return banks
+        for layer, level in enumerate(self._levels):
+            if level in ("sharded", "hybrid"):
+                self._scales.share(layer, self._setup.ranks)
+        return ScaledBanks(banks, self._scales)
 
     def _open(self, level: Level | None) -> Transport:
         """What holds and brings the banks of a level."""

@@ -5,11 +5,13 @@ before weights load.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, replace
 
 import torch
 
+from .. import ops
 from ..config import EngineConfig
 from ..core import Int64Array, ModelSpec
 from ..errors import UsageError
@@ -23,6 +25,8 @@ from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
 from .progress import LayerCounter
 from .trace import TraceWriter
+
+_log = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64Array | None = None) -> LocalEngine:
@@ -44,10 +48,12 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     spec, _ = open_model(config.model, config.load_format, config.num_layers, config.revision)
     dtype = pick_dtype(config.dtype, spec, device)
     plan = plan_within(config, spec, dtype, agreed_budget(rank_budget(config, device, ranks.size), ranks))
+    form = float8_form(spec, plan.bank_dtype, dtype, device)
     banks = BankMemory(
         spec,
         plan.levels,
         dtype=getattr(torch, plan.bank_dtype),
+        blocks=form == "fp8-blocks",
         device=device,
         buffers=plan.bank_buffers,
         staged_shards=plan.staged_shards,
@@ -65,6 +71,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         num_layers=config.num_layers,
         allocate=banks.allocate,
         keep=banks.keep,
+        float8=form is not None,
     )
     return LocalEngine(
         spec,
@@ -74,7 +81,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         device=device,
         sharing=config.sharing,
         prune_last=config.prune_last,
-        quantization=config.quantization,
+        quantization=form,
         rounds=banks.in_rounds,
         on_layer=None if layers_done is None else LayerCounter(layers_done, device),
         trace=trace,
@@ -83,6 +90,27 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         kv_blocks=plan.kv_blocks,
         worker=ranks.rank,
     )
+
+
+def float8_form(spec: ModelSpec, bank_dtype: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """How float8 is computed here: ``fp8`` (a scale a row), ``fp8-blocks`` (experts with a scale a block),
+    ``fp8-weights`` (the weights only); None: the model is not in float8. What is not computed as published is logged.
+    """
+    if getattr(torch, bank_dtype) != ops.FLOAT8:
+        return None
+    if not ops.has_float8(device):
+        _log.warning(
+            "%s has no float8 products: weights are kept in float8 and widened when they are read, which saves memory "
+            "and no time",
+            torch.cuda.get_device_name(device),
+        )
+        return "fp8-weights"
+    refusal = ops.blocks_refused(spec.hidden_size, spec.expert_size, dtype, device)
+    if refusal is None:
+        return "fp8-blocks"
+    if spec.float8_blocks:
+        _log.warning("experts published with block scales are quantised again with a scale a row: %s", refusal)
+    return "fp8"
 
 
 def trace_path(path: str, ranks: Ranks) -> str:

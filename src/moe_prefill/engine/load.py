@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -25,7 +25,9 @@ from ..models import family, preset, preset_names, spec_from_hf
 from ..models.common.config import declared_dtype
 from ..models.common.names import ignorer, required
 from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
-from ..shapes import bank_shapes, slot_shapes
+from ..ops import FLOAT8, Matrix
+from ..shapes import bank_shapes, float8_slots, slot_shapes
+from .quantized import QuantizedRows
 
 LoadFormat = Literal["safetensors", "dummy"]
 Slots = dict[str, torch.Tensor]
@@ -44,24 +46,33 @@ def load_weights(
     num_layers: int | None = None,
     allocate: Allocate | None = None,
     keep: Keep | None = None,
+    float8: bool = False,
 ) -> Loaded:
     """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
 
     ``source`` is a model directory, or a hub id with its ``revision``; with ``dummy`` also the name of a preset. Slots
     go to ``device``, in ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up``
     and ``.down``): ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none.
+    ``float8``: linear maps beside the experts are kept in float8 with a scale a row, quantised while loading.
     ``seed``, ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device``
     wherever they end up.
     """
     spec, checkpoint = open_model(source, load_format, num_layers, revision)
-    allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), allocate)
     shapes, keep = slot_shapes(spec) | bank_shapes(spec), _banks_only(keep)
+    quantised = float8_slots(shapes) if float8 else set()
+    allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), quantised, allocate)
     if checkpoint is None:
         slots = dummy_slots(shapes, allocate, seed=seed, skew=skew, top_k=spec.top_k, device=device, keep=keep)
     else:
         place = family(spec.family).placer(spec, checkpoint.entries)
         slots = load_slots(checkpoint, shapes, place, required(spec), allocate, ignore=ignorer(spec), keep=keep)
-    return spec, weights_from_slots(spec, slots), [_bank(slots, layer) for layer in range(spec.num_layers)]
+    banks = [_bank(slots, layer) for layer in range(spec.num_layers)]
+    return spec, weights_from_slots(spec, {name: filled(slot) for name, slot in slots.items()}), banks
+
+
+def filled(slot: torch.Tensor | QuantizedRows) -> Matrix:
+    """A slot that the loader is through with, as the mathematics reads it."""
+    return slot.matrix() if isinstance(slot, QuantizedRows) else slot
 
 
 def open_model(
@@ -98,10 +109,13 @@ def _as_stored(spec: ModelSpec, declared: str | None, checkpoint: Checkpoint) ->
     return replace(spec, dtype=dtype, tie_embeddings=spec.tie_embeddings and not differ)
 
 
-def _allocator(dtype: torch.dtype, device: torch.device, banks: Allocate | None) -> Allocate:
+def _allocator(dtype: torch.dtype, device: torch.device, float8: set[str], banks: Allocate | None) -> Allocate:
     def allocate(slot: str, shape: tuple[int, ...]) -> torch.Tensor:
         if banks is not None and slot.startswith("banks."):
             return banks(slot, shape)
+        if slot in float8:
+            values = torch.empty(shape, dtype=FLOAT8, device=device)
+            return cast("torch.Tensor", QuantizedRows(values, torch.empty(shape[:-1], device=device)))
         return torch.empty(shape, dtype=dtype, device=device)
 
     return allocate

@@ -1,22 +1,24 @@
-"""Quantisation while loading: a place for a matrix that takes wide rows and keeps float8 with a scale a row."""
+"""Quantisation while loading: places for matrices that take wide rows and keep float8 with scales.
+
+To the loader they look like the tensor they stand for: they can be cut and filled. Values and scales may live anywhere;
+the work is done on the engine's device.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 
 from .. import ops
 
 
-class QuantizedRows:
-    """Looks to the loader like the tensor it stands for, of the shape of ``values``: it can be cut and filled.
+class _Quantized(ABC):
+    """``values`` float8 of the shape of the tensor, ``scales`` float32; ``device``: where rows are quantised."""
 
-    ``values`` float8 [..., N, C] and ``scales`` float32 [..., N] may live anywhere; rows are quantised on the GPU where
-    either side is on one.
-    """
-
-    def __init__(self, values: torch.Tensor, scales: torch.Tensor) -> None:
-        assert values.shape[:-1] == scales.shape, (values.shape, scales.shape)
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, device: torch.device | None = None) -> None:
         self._values, self._scales = values, scales
+        self._device = device or values.device
 
     @property
     def shape(self) -> torch.Size:
@@ -28,24 +30,55 @@ class QuantizedRows:
 
     @property
     def device(self) -> torch.device:
-        return self._values.device
+        return self._device
 
     def numel(self) -> int:
         return self._values.numel()
 
     def is_contiguous(self) -> bool:
-        return False  # its bytes are not what a file holds
+        return False  # its bytes are not what a file of wide rows holds
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def __getitem__(self, index: int | slice) -> QuantizedRows:
-        return QuantizedRows(self._values[index], self._scales[index])
-
+    @abstractmethod
     def copy_(self, rows: torch.Tensor) -> None:
         """Quantise and store rows of this shape."""
-        if self._values.is_cuda:
-            rows = rows.to(self._values.device)
-        values, scales = ops.quantize_rows(rows.reshape(-1, rows.shape[-1]))
+
+
+class QuantizedRows(_Quantized):
+    """A scale a row: ``values`` [..., N, C] and ``scales`` [..., N]."""
+
+    def __getitem__(self, index: int | slice) -> QuantizedRows:
+        return QuantizedRows(self._values[index], self._scales[index], self._device)
+
+    def copy_(self, rows: torch.Tensor) -> None:
+        flat = rows.to(self._device).reshape(-1, rows.shape[-1])
+        values, scales = ops.quantize_rows(flat)
         self._values.copy_(values.view(rows.shape))
         self._scales.copy_(scales.view(rows.shape[:-1]))
+
+    def matrix(self) -> ops.Float8Rows:
+        """What has been stored, for the products."""
+        return ops.Float8Rows(self._values, self._scales)
+
+
+class QuantizedBlocks(_Quantized):
+    """A scale a block of 128 x 128: ``values`` [..., N, C] and ``scales`` [..., N / 128, C / 128]. Takes whole blocks,
+    also such as are stored with their scales.
+    """
+
+    def __getitem__(self, index: int | slice) -> QuantizedBlocks:
+        if isinstance(index, int) or self._values.ndim > 2:
+            return QuantizedBlocks(self._values[index], self._scales[index], self._device)
+        first, last, _ = index.indices(len(self._values))
+        assert first % ops.BLOCK == last % ops.BLOCK == 0, index
+        scales = self._scales[first // ops.BLOCK : last // ops.BLOCK]
+        return QuantizedBlocks(self._values[first:last], scales, self._device)
+
+    def copy_(self, rows: torch.Tensor) -> None:
+        self.copy_blocks(*ops.quantize_blocks(rows.to(self._device)))
+
+    def copy_blocks(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self._values.copy_(values)
+        self._scales.copy_(scale)

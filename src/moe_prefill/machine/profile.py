@@ -51,13 +51,14 @@ class MachineProfile:
     version: int = FORMAT_VERSION
 
     def rates(self, kind: Kind, precision: str) -> Curve:
-        """The curve of an operation; beside float8 experts, projections and attention run in the wider type.
+        """The curve of an operation; in float8 models attention runs in the wider type, and so do projections whose
+        float8 rate was not measured.
 
         UsageError: this precision was not measured.
         """
         curves: Mapping[str, Curve] = getattr(self, kind)
         wanted = precision
-        if precision == "float8" and kind in ("gemm", "attention"):
+        if precision == "float8" and kind in ("gemm", "attention") and precision not in curves:
             wanted = "bfloat16" if "bfloat16" in curves else "float32"
         if wanted not in curves:
             raise UsageError(

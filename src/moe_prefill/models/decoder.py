@@ -66,7 +66,7 @@ class Decoder:
 
     def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
         """``attended @ out``; [T, D]."""
-        return F.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
+        return ops.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
 
     def feed_forward(
         self,
@@ -97,7 +97,7 @@ class Decoder:
 
     def dense(self, weights: DenseWeights, x_TD: torch.Tensor) -> torch.Tensor:
         """A SwiGLU feed-forward of normed rows; [T, D]."""
-        return F.linear(ops.swiglu(F.linear(x_TD, weights.gate_up)), weights.down)
+        return ops.linear(ops.swiglu(ops.linear(x_TD, weights.gate_up)), weights.down)
 
     def shared(self, weights: MoeWeights, x_TD: torch.Tensor) -> torch.Tensor:
         """The gated shared expert of normed rows; [T, D]."""
@@ -111,7 +111,7 @@ class Decoder:
 
     def _project(self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
-        return F.linear(x_TD, weights.qkv[first:last], bias)
+        return ops.linear(x_TD, weights.qkv[first:last], bias)
 
     def _shape(self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope) -> torch.Tensor:
         if self.spec.qk_norm == "full":

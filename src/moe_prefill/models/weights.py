@@ -6,22 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..core import ModelSpec
+from ..ops import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """All routed experts of one layer: ``gate_up`` [E, 2I, D] and ``down`` [E, D, I]; float8 ones with float32 scales
-    a row.
+    """All routed experts of one layer: ``gate_up`` [E, 2I, D] and ``down`` [E, D, I]; float8 ones with float32 scales,
+    one a row or one a block.
     """
 
     gate_up: torch.Tensor
     down: torch.Tensor
-    gate_up_scale: torch.Tensor | None = None  # [E, 2I]
-    down_scale: torch.Tensor | None = None  # [E, D]
+    gate_up_scale: torch.Tensor | None = None  # [E, 2I], or [E, 3, I / 128, D / 128]
+    down_scale: torch.Tensor | None = None  # [E, D], or [E, 3, D / 128, I / 128]
 
     @property
     def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -33,8 +35,8 @@ class ExpertBank:
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
     norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(H + 2G) d, D]
-    out: torch.Tensor  # [D, H d]
+    qkv: Matrix  # [(H + 2G) d, D]
+    out: Matrix  # [D, H d]
     qkv_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None  # [d] a head, or [H d] over the full width
@@ -45,8 +47,8 @@ class AttentionWeights:
 class DenseWeights:
     """A SwiGLU feed-forward: ``gate_up`` [2F, D], ``down`` [D, F]."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,15 @@ class ModelWeights:
     lm_head: torch.Tensor  # [V, D]; the same storage as ``embed`` where the model ties them
 
 
-def weights_from_slots(spec: ModelSpec, slots: Mapping[str, torch.Tensor]) -> ModelWeights:
-    """Arrange filled slots as the records that the mathematics reads; no copy."""
+def weights_from_slots(spec: ModelSpec, slots: Mapping[str, Any]) -> ModelWeights:
+    """Arrange filled slots (tensors, or ``Float8Rows`` for linear maps) as the records that the mathematics reads; no
+    copy.
+    """
     layers = tuple(_layer_from_slots(spec, index, slots) for index in range(spec.num_layers))
     return ModelWeights(slots["embed"], layers, slots["final_norm"], slots.get("lm_head", slots["embed"]))
 
 
-def _layer_from_slots(spec: ModelSpec, index: int, slots: Mapping[str, torch.Tensor]) -> LayerWeights:
+def _layer_from_slots(spec: ModelSpec, index: int, slots: Mapping[str, Any]) -> LayerWeights:
     prefix = f"layers.{index}."
     mine = {name.removeprefix(prefix): tensor for name, tensor in slots.items() if name.startswith(prefix)}
     attention = AttentionWeights(

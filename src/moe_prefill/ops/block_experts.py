@@ -16,47 +16,43 @@ from dataclasses import dataclass
 import torch
 
 from .backend import triton_enabled
-from .quantize import BLOCK, FLOAT8, dequantize_blocks, quantize_groups, swiglu_quantize_groups
+from .permute import ExpertOrder, order_by_expert, permute
+from .quantize import BLOCK, dequantize_blocks, quantize_groups, swiglu_quantize_groups
 
 ALIGNMENT = 128  # rows; DeepGEMM's contiguous layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AlignedRows:
-    """Rows sorted by expert, each expert's from a multiple of ``ALIGNMENT`` on.
-
-    ``token`` int64 [M]: which token a row is, 0 in between. ``expert`` int32 [M]: whose it is, -1 behind the last.
-    ``row_of_slot`` int64 [T, K]: where each choice went, 0 for choices whose expert is elsewhere.
+    """``order`` with each expert's rows from a multiple of ``ALIGNMENT`` on: M rows, those in between of token 0.
+    ``expert`` int32 [M]: whose a row is, -1 behind the last expert's.
     """
 
-    token: torch.Tensor
+    order: ExpertOrder
     expert: torch.Tensor
-    row_of_slot: torch.Tensor
 
 
 def aligned_rows(ids_TK: torch.Tensor, num_experts: int, num_rows: int | None = None) -> AlignedRows:
     """Two tokens, ids [1, 0] and [1, 2], three experts: rows 0, 128, 129 and 256 are those of tokens 0, 0, 1 and 1.
 
-    M depends on shapes only: nothing is read on the host. ``num_rows`` as in ``experts``.
+    M depends on shapes only: nothing is read on the host. ``num_rows`` as in ``order_by_expert``.
     """
-    T, K = ids_TK.shape
-    rows = T * K if num_rows is None else num_rows
-    sorted_ids, slot_of_row = torch.sort(ids_TK.flatten(), stable=True)
-    sorted_ids, slot_of_row = sorted_ids[:rows], slot_of_row[:rows]
-    experts = torch.arange(num_experts, device=ids_TK.device)
-    ends = torch.searchsorted(sorted_ids, experts, right=True)
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    aligned_ends = aligned.cumsum(0)
-    total = _aligned_total(rows, num_experts)
-    shift = (aligned_ends - aligned) - (ends - counts)
-    row = torch.arange(rows, device=ids_TK.device) + shift.index_select(0, sorted_ids)
-    token = torch.zeros(total, dtype=torch.int64, device=ids_TK.device)
-    token[row] = slot_of_row // K
-    expert = torch.searchsorted(aligned_ends, torch.arange(total, device=ids_TK.device), right=True, out_int32=True)
-    row_of_slot = torch.zeros(T * K, dtype=torch.int64, device=ids_TK.device)
-    row_of_slot[slot_of_row] = row
-    return AlignedRows(token, expert.masked_fill_(expert >= num_experts, -1), row_of_slot.view(T, K))
+    dense = order_by_expert(ids_TK, num_experts, num_rows)
+    counts = torch.diff(dense.ends_E, prepend=dense.ends_E.new_zeros(1))
+    aligned_E = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    ends_E = aligned_E.cumsum(0, dtype=torch.int32)
+    shift_E = (ends_E - aligned_E) - (dense.ends_E - counts)
+    rows = torch.arange(len(dense.token_of_row_R), device=ids_TK.device, dtype=torch.int32)
+    moved = rows + shift_E.index_select(0, torch.searchsorted(dense.ends_E, rows, right=True))
+    total = _aligned_total(len(rows), num_experts)
+    token = dense.token_of_row_R.new_zeros(total)
+    token[moved] = dense.token_of_row_R
+    here = dense.row_of_slot_TK >= 0
+    shift_TK = shift_E[ids_TK.clamp(max=num_experts - 1)]
+    row_of_slot = torch.where(here, dense.row_of_slot_TK + shift_TK, -1).to(dense.row_of_slot_TK.dtype)
+    every = torch.arange(total, device=ids_TK.device, dtype=torch.int32)
+    expert = torch.searchsorted(ends_E, every, right=True, out_int32=True)
+    return AlignedRows(ExpertOrder(ends_E, token, row_of_slot), expert.masked_fill_(expert >= num_experts, -1))
 
 
 def block_experts_rows(
@@ -77,8 +73,7 @@ def block_experts_rows(
     assert down_EDI.stride() == (3 * I * D, I, 1), down_EDI.stride()
     gates, downs = gate_up_E2ID.as_strided((3 * E, I, D), (I * D, D, 1)), _from_bank_start(down_EDI, 2 * I * D)
     values_TD, scale_GT = quantize_groups(x_TD)
-    rows_MD = values_TD.view(torch.uint8).index_select(0, rows.token).view(FLOAT8)
-    scale_GM = scale_GT.index_select(1, rows.token)
+    rows_MD, scale_GM = permute(values_TD, rows.order), scale_GT.index_select(1, rows.order.token_of_row_R)
     first = torch.where(rows.expert < 0, -1, 3 * rows.expert)
     gate, up = (
         block_grouped_mm(rows_MD, scale_GM, gates, scales[0].flatten(0, 1), _after(first, which), dtype)
@@ -99,7 +94,7 @@ def ref_block_grouped_mm(
     """Each row times the matrix ``matrix_M`` [M] says, transposed; [M, N], zero where it says -1. Reads on the host."""
     out = torch.zeros(len(rows_MC), weight_BNC.shape[1], dtype=dtype, device=rows_MC.device)
     wide = rows_MC.float() * scale_GM.t().repeat_interleave(BLOCK, dim=1)
-    for matrix in matrix_M.unique().tolist():
+    for matrix in sorted(set(matrix_M.tolist())):
         if matrix >= 0:
             mine = matrix_M == matrix
             out[mine] = (wide[mine] @ dequantize_blocks(weight_BNC[matrix], weight_scale[matrix]).t()).to(dtype)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .backend import use_triton
 from .block_experts import aligned_rows, block_experts_rows
-from .grouped import grouped_mm, scaled_grouped_mm
+from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .permute import order_by_expert, permute
 from .quantize import quantize_rows, swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
@@ -51,20 +51,23 @@ def experts(
     Rows are put in the order of ``order_by_expert``. Where only some of the T K ids are in this bank, ``num_rows``
     says how many; the others are E or more, cost nothing and add nothing. Float8 matrices come with ``scales`` float32
     ([E, 2I], [E, D]); activations are then quantised too, before they are gathered and again after the gated
-    activation; ``x_TD`` may come quantised, with ``x_scale_T``. With block scales (four dimensions, see
-    ``block_experts``) it comes plain.
+    activation, unless the device has no float8 products; ``x_TD`` may come quantised, with ``x_scale_T``. With block
+    scales (four dimensions, see ``block_experts``) it comes plain.
     """
     if num_rows == 0:
         return residual_TD.clone() if out is None else out.copy_(residual_TD)
     if scales is not None and scales[0].ndim == 4:
-        weights_TK = weights_TK if num_rows is None else weights_TK.masked_fill(ids_TK >= len(gate_up_E2ID), 0.0)
         rows = aligned_rows(ids_TK, len(gate_up_E2ID), num_rows)
         out_MD = block_experts_rows(x_TD, rows, gate_up_E2ID, down_EDI, scales)
-        return combine(out_MD, rows.row_of_slot, weights_TK, residual_TD)
+        return combine(out_MD, rows.order.row_of_slot_TK, weights_TK, residual_TD, out)
     order = order_by_expert(ids_TK, len(gate_up_E2ID), num_rows)
     if scales is None:
         hidden_RI = swiglu(grouped_mm(permute(x_TD, order), gate_up_E2ID, order.ends_E))
         out_RD = grouped_mm(hidden_RI, down_EDI, order.ends_E)
+    elif x_scale_T is None and not has_float8(x_TD.device):  # the weights only
+        rows_RD, dtype = permute(x_TD, order), residual_TD.dtype
+        hidden_RI = swiglu(scaled_grouped_mm(rows_RD, None, gate_up_E2ID, scales[0], order.ends_E, dtype))
+        out_RD = scaled_grouped_mm(hidden_RI, None, down_EDI, scales[1], order.ends_E, dtype)
     else:
         values_TD, scale_T = quantize_rows(x_TD) if x_scale_T is None else (x_TD, x_scale_T)
         rows_RD, scale_R = permute(values_TD, order), scale_T.index_select(0, order.token_of_row_R)

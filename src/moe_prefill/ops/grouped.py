@@ -61,21 +61,45 @@ def _rounded_grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E:
     return out
 
 
+def ref_scaled_grouped_mm(
+    rows_RC: torch.Tensor,
+    row_scale_R: torch.Tensor | None,
+    weight_ENC: torch.Tensor,
+    weight_scale_EN: torch.Tensor,
+    ends_E: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``scaled_grouped_mm``, widening one group's rows and matrix at a time. Reads the group ends on the host."""
+    out = torch.empty(len(rows_RC), weight_ENC.shape[1], dtype=dtype, device=rows_RC.device)
+    begin = 0
+    for group, end in enumerate(ends_E.tolist()):
+        if end > begin:
+            product = rows_RC[begin:end].float() @ weight_ENC[group].float().t()
+            if row_scale_R is not None:
+                product *= row_scale_R[begin:end, None]
+            out[begin:end] = product.mul_(weight_scale_EN[group])
+        begin = end
+    return out
+
+
 def scaled_grouped_mm(
     rows_RC: torch.Tensor,
-    row_scale_R: torch.Tensor,
+    row_scale_R: torch.Tensor | None,
     weight_ENC: torch.Tensor,
     weight_scale_EN: torch.Tensor,
     ends_E: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The grouped product of float8 rows and float8 matrices, each with a float32 scale a row; [R, N] in ``dtype``.
+    Rows may come wide, without scales.
 
-    On a GPU with float8 units torch's row-wise scaled grouped matmul; elsewhere values are widened, which gives the
-    same products summed in another order.
+    On a GPU with float8 units torch's row-wise scaled grouped matmul, on others and for other shapes a Triton kernel
+    that widens tiles; on a CPU each group's matrix is widened when its turn comes.
     """
-    assert rows_RC.dtype == weight_ENC.dtype == FLOAT8, (rows_RC.dtype, weight_ENC.dtype)
-    if rows_RC.is_cuda and has_float8(rows_RC.device) and dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 16):
+    assert weight_ENC.dtype == FLOAT8, weight_ENC.dtype
+    assert (rows_RC.dtype == FLOAT8) == (row_scale_R is not None), rows_RC.dtype
+    fits = rows_RC.is_cuda and dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 16)
+    if row_scale_R is not None and fits and has_float8(rows_RC.device):
         out: torch.Tensor = torch.ops.aten._scaled_grouped_mm(
             rows_RC,
             weight_ENC.transpose(1, 2),
@@ -86,14 +110,20 @@ def scaled_grouped_mm(
             use_fast_accum=True,
         )
         return out
-    out = grouped_mm(rows_RC.float(), weight_ENC.float(), ends_E)
-    expert_R = torch.searchsorted(ends_E, torch.arange(len(out), device=out.device, dtype=ends_E.dtype), right=True)
-    return out.mul_(row_scale_R.unsqueeze(-1)).mul_(weight_scale_EN.index_select(0, expert_R)).to(dtype)
+    if not (rows_RC.is_cuda and triton_enabled()):
+        return ref_scaled_grouped_mm(rows_RC, row_scale_R, weight_ENC, weight_scale_EN, ends_E, dtype)
+    from .kernels.grouped import grouped_mm_kernel
+
+    if row_scale_R is None:
+        return grouped_mm_kernel(rows_RC, weight_ENC, ends_E, weight_scale_EN).to(dtype)
+    return grouped_mm_kernel(rows_RC.float(), weight_ENC, ends_E, weight_scale_EN).mul_(row_scale_R[:, None]).to(dtype)
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether the device multiplies float8 matrices with row-wise scales in groups (Hopper and later)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a GPU multiplies float8 matrices with row-wise scales in groups (Hopper and later). A CPU computes what
+    such a GPU computes, so that what float8 costs in accuracy can be seen without one.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _aligned(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, elements: int) -> bool:

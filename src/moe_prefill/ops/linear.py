@@ -66,15 +66,14 @@ def ref_linear(
 def linear(x_RC: Matrix, weight_NC: Matrix, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``; [R, N] in the dtype of ``x`` (bfloat16 where it comes quantised).
 
-    A plain ``x`` is quantised where the weight is float8 and the device multiplies float8. A GPU that does not (before
-    Hopper) widens the weight instead, a copy of the one matrix for each call: it saves memory there, not time. A CPU
-    computes what a Hopper GPU computes, so that what float8 costs in accuracy can be seen without one.
+    A plain ``x`` is quantised where the weight is float8 and the device multiplies float8 (``has_float8``). Elsewhere
+    the weight is widened, a copy of the one matrix for each call: it saves memory there, not time.
     """
     if isinstance(weight_NC, torch.Tensor):
         assert isinstance(x_RC, torch.Tensor), "a plain weight takes plain rows"
         return F.linear(x_RC, weight_NC, bias_N)
     dtype = x_RC.dtype if isinstance(x_RC, torch.Tensor) else torch.bfloat16
-    if isinstance(x_RC, torch.Tensor) and x_RC.is_cuda and not has_float8(x_RC.device):
+    if isinstance(x_RC, torch.Tensor) and not has_float8(x_RC.device):
         return F.linear(x_RC, weight_NC.wide(dtype), bias_N)
     rows = Float8Rows.of(x_RC) if isinstance(x_RC, torch.Tensor) else x_RC
     if rows.values.is_cuda and linear_fits(weight_NC.shape) and dtype == torch.bfloat16:

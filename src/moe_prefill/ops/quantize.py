@@ -55,7 +55,7 @@ def ref_quantize_groups(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """Values float8 [R, C] and scales float32 [G, R] with a scale for each ``BLOCK`` channels of a row, groups first:
     that is how block-scaled products read them. C is a multiple of ``BLOCK``.
     """
-    groups_RGB = x_RC.float().unflatten(1, (-1, BLOCK))
+    groups_RGB = torch.unflatten(x_RC.float(), 1, (-1, BLOCK))
     values, scale_RG = ref_quantize_rows(groups_RGB)
     return values.flatten(1), scale_RG.t().contiguous()
 
@@ -86,7 +86,7 @@ def quantize_blocks(weight_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     N, C = weight_NC.shape[-2:]
     wide = F.pad(weight_NC.float(), (0, -C % BLOCK, 0, -N % BLOCK))
-    blocks = wide.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, c, 128]
+    blocks = torch.unflatten(torch.unflatten(wide, -1, (-1, BLOCK)), -3, (-1, BLOCK))  # [..., n, 128, c, 128]
     scale = blocks.abs().amax((-3, -1)).clamp_(min=LEAST_AMAX) / FLOAT8_MAX
     scaled = (blocks / scale.unsqueeze(-2).unsqueeze(-1)).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
     return scaled.flatten(-2).flatten(-3, -2)[..., :N, :C].to(FLOAT8), scale
@@ -97,6 +97,6 @@ def dequantize_blocks(values_NC: torch.Tensor, scale: torch.Tensor, parts: int =
     height, one below the other, each with a grid of its own.
     """
     N, C = values_NC.shape[-2:]
-    grids = scale.float().unflatten(-2, (parts, -1))
+    grids = torch.unflatten(scale.float(), -2, (parts, -1))
     rows = grids.repeat_interleave(BLOCK, dim=-2)[..., : N // parts, :].flatten(-3, -2)
     return values_NC.float().mul_(rows.repeat_interleave(BLOCK, dim=-1)[..., :C])

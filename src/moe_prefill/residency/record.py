@@ -37,18 +37,18 @@ class ExpertRecord:
     num_bytes: int
 
 
-def expert_record(spec: ModelSpec, dtype: str) -> ExpertRecord:
+def expert_record(spec: ModelSpec, dtype: str, *, row_scales: bool = True) -> ExpertRecord:
     """How an expert of this model lies in memory when its matrices are stored as ``dtype``.
 
     ``gate_up`` [2I, D] and ``down`` [D, I]; float8 matrices bring float32 scales a row, ``gate_up_scale`` [2I] and
-    ``down_scale`` [D], which so travel in the same copy.
+    ``down_scale`` [D], which so travel in the same copy, unless their scales are kept elsewhere (``row_scales``).
     """
     hidden, size = spec.hidden_size, spec.expert_size
     parts: list[tuple[str, str, tuple[int, ...]]] = [
         ("gate_up", dtype, (2 * size, hidden)),
         ("down", dtype, (hidden, size)),
     ]
-    if dtype == "float8_e4m3fn":
+    if dtype == "float8_e4m3fn" and row_scales:
         parts += [("gate_up_scale", "float32", (2 * size,)), ("down_scale", "float32", (hidden,))]
     fields, offset = [], 0
     for name, kind, shape in parts:

@@ -1,4 +1,4 @@
-"""How a checkpoint's matrices are quantised, from its config: float8 blocks are computed, everything else is refused."""
+"""How a checkpoint's matrices are quantised, by its config: float8 blocks are computed, everything else is refused."""
 
 from __future__ import annotations
 
