@@ -52,13 +52,16 @@ Answers = dict[str, list[Float32Array]]  # of each workload's requests: log-prob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One way to compute the same answers in bfloat16."""
+    """One way to compute the same answers in bfloat16. With ``kv_gib`` they are computed twice, and the second time
+    from prefixes that the first one left in the pool.
+    """
 
     name: str
     sharing: str = "off"
     sweep_tokens: int | None = None  # None: what the memory plan allows
     chunk_rows: int | None = None
     shuffled: bool = False
+    kv_gib: float = 0.0
 
 
 YARDSTICK = Variant(name="unshared, unsplit")
@@ -69,6 +72,7 @@ VARIANTS = (
     Variant(name="small chunks", chunk_rows=96),
     Variant(name="sharing auto, other order, small sweeps", sharing="auto", sweep_tokens=1024, shuffled=True),
     Variant(name="sharing forced, small sweeps and chunks", sharing="force", sweep_tokens=1024, chunk_rows=96),
+    Variant(name="prefixes from the pool, small sweeps", sharing="auto", sweep_tokens=1024, kv_gib=1.0),
 )
 
 
@@ -102,14 +106,18 @@ def read_texts(path: Path) -> list[str]:
 
 def answers(requests: Workloads, variant: Variant, *, dtype: str, device: str, threads: int | None) -> Answers:
     """Every workload in one variant, each in one call to the engine."""
-    settings = {"device": device, "dtype": dtype, "threads": threads}
+    settings = {"device": device, "dtype": dtype, "threads": threads, "kv_gib": variant.kv_gib}
     with Engine(MODEL, sharing=variant.sharing, max_sweep_tokens=variant.sweep_tokens, **settings) as engine:
         if variant.chunk_rows is not None:
             local: Any = engine.scoring
             local.memory = replace(
                 local.memory, chunk_rows=variant.chunk_rows, max_gathered_keys=2 * variant.chunk_rows
             )
-        return {name: _logprobs(engine, work, shuffled=variant.shuffled) for name, work in requests.items()}
+        if variant.kv_gib:
+            engine.scoring.score([request for work in requests.values() for request in work])
+        found = {name: _logprobs(engine, work, shuffled=variant.shuffled) for name, work in requests.items()}
+        assert (engine.stats.pooled_tokens > 0) == (variant.kv_gib > 0), engine.stats
+        return found
 
 
 def _logprobs(engine: Engine, work: Sequence[AtomicRequest], *, shuffled: bool) -> list[Float32Array]:

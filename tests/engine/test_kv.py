@@ -1,6 +1,7 @@
 """Prefixes that outlive their sweep: answers are those of an engine without a pool, whatever came before."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prefill import Engine
 from moe_prefill.blocks import BlockHasher, HashedSweep, usable_blocks
 from moe_prefill.core import AtomicRequest
 from tests.reference import (
@@ -21,6 +23,7 @@ from tests.reference import (
 )
 
 IS_LONG = bool(os.environ.get("MOE_PREFILL_LONG"))
+DEMO = Path(__file__).resolve().parents[2] / "examples/demo_model/checkpoint"
 FOUR = np.arange(4, dtype=np.int32)
 
 
@@ -252,3 +255,20 @@ def test_any_history_gives_the_same_answers(family, seed):
 def test_usable_blocks_end_before_the_first_asked_position():
     tokens = random_tokens(50, 8)
     assert [usable_blocks(asking(tokens, [first, 49])) for first in (0, 15, 16, 31, 32, 48)] == [0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_question_about_a_text_hits_from_python(dtype):
+    mail = " ".join(f"Line {index}: please send the report on day {index} of the month." for index in range(40))
+    options = {"labels": ["spam", "ham"], "template": "{text}\n\nQuestion: Is this {kind}?\nAnswer:"}
+    with Engine(DEMO, device="cpu", dtype=dtype, threads=1, kv_gib=0.05) as engine:
+        first = engine.classify([{"text": mail, "kind": "spam or ham"}], **options)
+        assert engine.stats.pooled_tokens == 0
+        again = engine.classify([{"text": mail, "kind": "spam or ham"}], **options)
+        other = engine.classify([{"text": mail, "kind": "ham, or is it spam"}], **options)
+        assert engine.stats.pooled_tokens > 0.9 * engine.stats.prompt_tokens / 3 * 2
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    assert first[0].probability == pytest.approx(again[0].probability, rel=tolerance)
+    with Engine(DEMO, device="cpu", dtype=dtype, threads=1) as engine:
+        (want,) = engine.classify([{"text": mail, "kind": "ham, or is it spam"}], **options)
+    assert other[0].probabilities["spam"] == pytest.approx(want.probabilities["spam"], rel=tolerance)
