@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,9 +81,9 @@ class EngineConfig:
             "micro_batches",
         ):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} is {value}; it must be positive")
-        if self.kv_gib is not None and not self.kv_gib >= 0:
-            raise UsageError(f"kv_gib is {self.kv_gib}; it must be 0 (keep no prefixes) or more")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be positive" + " and finite" * (value > 0))
+        if self.kv_gib is not None and not 0 <= self.kv_gib < math.inf:
+            raise UsageError(f"kv_gib is {self.kv_gib}; it must be 0 (keep no prefixes) or more, and finite")
         if self.kv_gib and self.strategy != "asyncep":
             raise UsageError(f"kv_gib is {self.kv_gib:g}; strategy {self.strategy} keeps no prefixes, give 0")

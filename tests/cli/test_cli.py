@@ -23,7 +23,7 @@ from moe_prefill.jobs import sidecar_path
 from moe_prefill.tasks.taskfile import CONFIGS
 
 TEXTS = ["first", "second, with comma", "", "last"]
-ENGINE_FIELDS_WITHOUT_FLAG = {"prune_last"}  # for measurements from Python
+ENGINE_FIELDS_WITHOUT_FLAG = {"prune_last", "keep_prefixes"}  # for measurements from Python; said by serve
 
 
 @pytest.fixture
@@ -250,6 +250,11 @@ def test_every_error_has_its_exit_code(
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b"], 2, "-o"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "x.xml"], 2, "--output-format"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "{out}", "--limit", "0"], 2, "--limit"),
+        (
+            ["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "{out}", "--window-rows", "0"],
+            2,
+            "--window",
+        ),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "{out}", "--shard", "3/2"], 2, "--shard"),
         (["classify", "{table}", "-m", "{model}", "--labels", "[1]", "-o", "{out}"], 2, "strings"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "{out}", "--boundary", "x"], 2, "boundary"),

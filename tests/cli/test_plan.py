@@ -80,6 +80,8 @@ def test_a_measured_profile_is_named_and_decides(capsys: pytest.CaptureFixture[s
         (["--model", "no-such-model", "--hbm-gib", "80"], 5, "no-such-model"),
         (["--model", "Qwen3-30B-A3B"], 2, "--hbm-gib"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "-1"], 2, "must be positive"),
+        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "nan"], 2, "must be positive"),
+        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "inf"], 2, "must be positive and finite"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "8", "--gpus", "0"], 2, "must be positive"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "8", "--residency", "sharded"], 2, "needs at least two GPUs"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "16", "--residency", "RRR"], 2, "names 3 layers"),

@@ -11,7 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fakes import FakeEngine, FakeTask
 from helpers import MODEL, open_for, rows, run, write_table
 
 from moe_prefill.core import AtomicResult, EngineLimits, PreparedRow
-from moe_prefill.errors import InputError, OutputError, RowError, UsageError
+from moe_prefill.errors import InputError, OutputError, UsageError
 from moe_prefill.jobs import (
     FileOutput,
     JobConfig,
@@ -31,18 +31,11 @@ from moe_prefill.jobs import (
     StreamOutput,
     WindowSize,
     cut_windows,
-    merge_shards,
     run_job,
     sidecar_path,
 )
-from moe_prefill.jobs.ahead import one_ahead
 from moe_prefill.jobs.durable import check_space
 from moe_prefill.jobs.spool import spool
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_table(tmp_path / "in.csv", rows(30))
 
 
 def parts_of(output: Path) -> Path:
@@ -232,7 +225,7 @@ def other_input(source: Path) -> dict[str, Any]:
     [
         (lambda _: {"model": {**MODEL, "weights": "w2"}}, ["model.weights", '"w1"', '"w2"']),
         (lambda _: {"model": {**MODEL, "tokenizer": "t2"}}, ["model.tokenizer"]),
-        (lambda _: {"task": FakeTask("task-b")}, ["task.digest", "task-a", "task-b"]),
+        (lambda _: {"task": FakeTask("task-b")}, ["task.digest", "task-a", "task-b", "(the template, the labels"]),
         (lambda _: {"engine": FakeEngine(plan="plan-b")}, ["engine.plan"]),
         (lambda _: {"window_rows": 8}, ["windows.rows", "7 there, 8 now"]),
         (lambda _: {"limit": 20}, ["input.rows", "30 there, 20 now"]),
@@ -374,57 +367,6 @@ def test_space_is_checked_beforehand(source: Path, tmp_path: Path, monkeypatch: 
     assert not parts_of(tmp_path / "out.csv").exists()
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-@pytest.mark.parametrize("count", [1, 3, 9])
-def test_merged_shards_are_the_whole_output(tmp_path: Path, kind: str, count: int) -> None:
-    source = write_table(tmp_path / f"in.{kind}", rows(30))
-    whole = run(source, tmp_path / f"whole.{kind}", label_column="gold")
-    shards = [tmp_path / f"out-{i}.{kind}" for i in range(1, count + 1)]
-    for index, shard in enumerate(shards, start=1):
-        run(source, shard, shard=Shard(index, count), label_column="gold")
-    merged = tmp_path / f"merged.{kind}"
-    if count == 1:
-        with pytest.raises(UsageError, match="all shards"):
-            merge_shards(shards, merged)
-        return
-    both = merge_shards(shards[::-1], merged)
-    assert (both.counts, both.metrics) == (whole.counts, whole.metrics)
-    if kind == "parquet":
-        assert pq.read_table(merged).equals(pq.read_table(tmp_path / "whole.parquet"), check_metadata=True)
-    else:
-        assert merged.read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
-    with pytest.raises(OutputError, match="--overwrite"):
-        merge_shards(shards, merged)
-
-
-def test_merge_refuses_what_does_not_belong_together(source: Path, tmp_path: Path) -> None:
-    shards = [tmp_path / f"out-{i}.csv" for i in (1, 2, 3)]
-    for index, shard in enumerate(shards, start=1):
-        run(source, shard, shard=Shard(index, 3))
-    other = tmp_path / "other.csv"
-    run(source, other, shard=Shard(2, 3), task=FakeTask("task-b"))
-    merged = tmp_path / "merged.csv"
-    with pytest.raises(InputError, match="missing \\['2/3'\\]"):
-        merge_shards([shards[0], shards[2]], merged)
-    with pytest.raises(InputError, match="twice \\['1/3'\\]"):
-        merge_shards([shards[0], *shards], merged)
-    with pytest.raises(InputError, match=r"not shards of one job: task\.digest"):
-        merge_shards([shards[0], other, shards[2]], merged)
-    shards[1].write_bytes(shards[1].read_bytes()[:-1])
-    with pytest.raises(InputError, match="not the file that its job wrote"):
-        merge_shards(shards, merged)
-    sidecar_path(shards[1]).unlink()
-    with pytest.raises(InputError, match="record"):
-        merge_shards(shards, merged)
-    assert not merged.exists()
-
-
-@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3"])
-def test_shards_that_make_no_sense(text: str) -> None:
-    with pytest.raises(UsageError, match="--shard"):
-        Shard.parse(text)
-
-
 def test_stream_output_has_the_same_rows(source: Path, tmp_path: Path) -> None:
     for kind in ("csv", "jsonl"):
         run(source, tmp_path / f"whole.{kind}")
@@ -438,37 +380,3 @@ def test_stream_output_has_the_same_rows(source: Path, tmp_path: Path) -> None:
 def test_spooled_input_is_read_once(tmp_path: Path) -> None:
     assert spool(io.BytesIO(b"text\na\n"), tmp_path / "input.csv").read_bytes() == b"text\na\n"
     assert spool(io.BytesIO(b"other"), tmp_path / "input.csv").read_bytes() == b"text\na\n"
-
-
-def test_one_ahead_is_one_ahead() -> None:
-    made = []
-
-    def items() -> Iterator[int]:
-        for i in range(20):
-            made.append(i)
-            yield i
-
-    with one_ahead(items()) as ahead:
-        for i, item in enumerate(ahead):
-            assert item == i
-            assert len(made) <= i + 3  # the one in use, the one that waits, and no other finished
-    assert made == list(range(20))
-
-
-def test_errors_of_the_thread_are_raised_after_the_items_before_them() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        raise RowError("odd", "in the thread")
-
-    seen: list[int] = []
-    with one_ahead(items()) as ahead, pytest.raises(RowError, match="in the thread"):
-        seen.extend(ahead)
-    assert seen == [1]
-
-
-def test_leaving_early_ends_the_thread() -> None:
-    def items() -> Iterator[int]:
-        yield from range(10**9)
-
-    with one_ahead(items()) as ahead:
-        assert next(ahead) == 0

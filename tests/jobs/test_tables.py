@@ -188,7 +188,7 @@ def test_types_that_do_not_unite_are_named(
         (b"", ["is empty"]),
         (b"text\n", ["no rows"]),
         (b"text,text\na,b\n", ["'text'", "more than once"]),
-        (b"text,n\na,1\nb\n", ["row 2", "line 3", "1 fields", "2"]),
+        (b"text,n\na,1\nb\n", ["row 2", "line 3", "1 field,", "2"]),
         (b"text,n\na,1,2\n", ["row 1", "3 fields"]),
         (b'text\n"open\n', ["not CSV", "quote"]),
         (b'text\n"a"b\n', ["not CSV"]),

@@ -56,8 +56,9 @@ class Request:
         run = RunOptions(**given(values, RunOptions))
         if values.get("model") is None:
             raise UsageError("--model is needed: a directory or a hub id")
-        if run.limit is not None and run.limit < 1:
-            raise UsageError(f"--limit is {run.limit}; it must be at least 1")
+        for name, rows in (("--limit", run.limit), ("--window-rows", run.window_rows)):
+            if rows is not None and rows < 1:
+                raise UsageError(f"{name} is {rows}; it must be at least 1")
         engine = EngineConfig(**given(values, EngineConfig))
         shard = Shard.parse(run.shard) if run.shard else Shard()
         task = _task_config(kind, values, run.task)

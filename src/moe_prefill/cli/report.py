@@ -47,7 +47,7 @@ def show_summary(summary: Summary, console: Console) -> None:
         rate = f"{data['rows_per_s']:,} rows/s, {data['tokens_per_s']:,} tokens/s"
         console.print(f"{rate}, {saved}{mfu}", soft_wrap=True)
     if summary.stats.restarts:
-        lost = f"workers were lost and started again {summary.stats.restarts} times"
+        lost = f"workers were lost and started again {summary.stats.restarts} time{'s' * (summary.stats.restarts != 1)}"
         back = f"{summary.stats.recovery_s:.1f} s until they were back, no row lost"
         console.print(f"[yellow]{lost}: {back}[/yellow]", soft_wrap=True)
     for code, number in counts.errors.most_common():

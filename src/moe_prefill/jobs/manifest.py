@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1  # of parts, journal and manifest
 Identity = dict[str, object]  # flat; values as JSON has them
+_DIGESTS = {
+    "input.content": " (the rows)",
+    "task.digest": " (the template, the labels or another setting of the task; the tokenizer)",
+    "engine.plan": " (device, precision, threads, GPUs of a --strategy, sharing, sizes, version of torch)",
+    "model.weights": " (the model's files)",
+    "model.tokenizer": " (the tokenizer's files)",
+}
 
 
 def job_identity(
@@ -66,7 +73,10 @@ def check_same_job(where: Path, recorded: Mapping[str, object], asked: Identity)
     """Raise OutputError with every field that differs and both values."""
     differing = [name for name in {**recorded, **asked} if recorded.get(name) != asked.get(name)]
     if differing:
-        lines = [f"  {name}: {_short(recorded.get(name))} there, {_short(asked.get(name))} now" for name in differing]
+        lines = [
+            f"  {name}: {_short(recorded.get(name))} there, {_short(asked.get(name))} now{_DIGESTS.get(name, '')}"
+            for name in differing
+        ]
         raise OutputError(
             "\n".join([f"{where} belongs to another job, so it cannot be resumed:", *lines])
             + "\nGive the same model, input and task again, or start over with --overwrite"

@@ -112,7 +112,9 @@ def _check_complete(shards: Sequence[ShardFile]) -> None:
     twice = sorted({name for name in given if given.count(name) > 1})
     other = sorted({name for name in given if not name.endswith(f"/{count}")})
     if missing or twice or other:
-        raise InputError(f"shards of {count}: missing {missing or 0}, twice {twice or 0}, of other cuts {other or 0}")
+        wrong = [(missing, "missing"), (twice, "given twice"), (other, "of another cut")]
+        facts = "; ".join(f"{', '.join(names)} {what}" for names, what in wrong if names)
+        raise InputError(f"merge needs each of the {count} shards once: {facts}")
     row = 0
     for shard in shards:
         first, end, _ = shard.rows

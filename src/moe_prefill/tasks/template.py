@@ -126,7 +126,7 @@ def list_of(row: Row, column: str) -> list[object]:
     if value is None:
         raise RowError("empty_text", f"column {column!r} is null; a list is needed there")
     if not isinstance(value, list | tuple):
-        raise RowError("bad_list", f"column {column!r} holds a {type(value).__name__}; a list is needed there")
+        raise RowError("bad_list", f"column {column!r} holds {str(value)[:40]!r}; a list is needed there")
     return list(value)
 
 

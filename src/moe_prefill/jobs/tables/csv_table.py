@@ -78,9 +78,10 @@ class CsvTable(TextTable[list[str]]):
             self._orders[file] = [names.index(name) for name in self.columns]
 
     def _ragged(self, lines: LineReader, row: int, fields: list[str]) -> str:
+        count = f"{len(fields)} field{'s' * (len(fields) != 1)}"
         return (
-            f"{lines.path}: row {row:,} (line {lines.line:,}) has {len(fields)} fields, the header has "
-            f"{len(self.columns)}; it starts with {fields[0][:40]!r}. Quote fields that hold {self.delimiter!r}"
+            f"{lines.path}: row {row:,} (line {lines.line:,}) has {count}, the header "
+            f"has {len(self.columns)}; it starts with {fields[0][:40]!r}. Quote fields that hold {self.delimiter!r}"
         )
 
     def _learn(self, record: list[str], row: int) -> None:

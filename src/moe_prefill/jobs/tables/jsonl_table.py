@@ -83,22 +83,20 @@ def parse_line(text: str) -> JsonLine:
     try:
         value = _DECODER.decode(text)
         if not isinstance(value, dict):
-            return _bad(text, f"a JSON {type(value).__name__}, not an object")
+            return _bad(text, f"the line is a JSON {type(value).__name__}, not an object")
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
         return JsonLine(text, value)
     except json.JSONDecodeError as error:
-        return _bad(text, f"not JSON: {error.msg} at character {error.pos + 1}")
+        return _bad(text, f"the line is not JSON: {error.msg} at character {error.pos + 1}")
     except UnicodeEncodeError:
-        return _bad(text, "a string holds half of a surrogate pair (\\ud800 to \\udfff)")
+        return _bad(text, "a string of the line holds half of a surrogate pair (\\ud800 to \\udfff)")
     except (ValueError, RecursionError) as error:
-        return _bad(text, f"not JSON: {error}")
+        return _bad(text, f"the line is not JSON: {error}")
 
 
 def _bad(text: str, why: str) -> JsonLine:
-    return JsonLine(
-        text, {BAD_LINE: text}, RowError("bad_json", f"the line is {why}; it is kept in the column {BAD_LINE!r}")
-    )
+    return JsonLine(text, {BAD_LINE: text}, RowError("bad_json", f"{why}; it is kept in the column {BAD_LINE!r}"))
 
 
 def _refuse_constant(name: str) -> object:
