@@ -17,7 +17,7 @@ from moe_prefill.engine.local import LocalEngine
 from moe_prefill.experts import BankSource, ResidentBanks
 from moe_prefill.memory import plan_memory
 from moe_prefill.models import spec_from_hf
-from moe_prefill.models.weights import ExpertBank, weights_from_slots
+from moe_prefill.models.weights import ExpertBank, ModelWeights, weights_from_slots
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 VOCAB = 97
@@ -173,10 +173,11 @@ def engine_of(
     max_sweep_tokens: int | None = None,
     chunk_rows: int | None = None,
     banks: BankSource[ExpertBank] | None = None,
+    weights: ModelWeights | None = None,
     **options,
 ) -> LocalEngine:
     """Our engine over the same weights, on the CPU; small chunks on request, so that chunk borders are crossed.
-    ``banks``: where they come from; resident unless given.
+    ``banks``: where they come from; resident unless given. ``weights``: others than the model's.
     """
     import dataclasses
 
@@ -185,7 +186,7 @@ def engine_of(
     memory = plan_memory(converted.spec, kind="cpu", element=element, budget=1 << 30, wanted=max_sweep_tokens)
     if chunk_rows is not None:
         memory = dataclasses.replace(memory, chunk_rows=chunk_rows, max_gathered_keys=2 * chunk_rows)
-    weights = weights_from_slots(converted.spec, converted.slots)
+    weights = weights or weights_from_slots(converted.spec, converted.slots)
     banks = banks or ResidentBanks(converted.banks)
     return LocalEngine(converted.spec, weights, banks, memory, device=torch.device("cpu"), **options)
 

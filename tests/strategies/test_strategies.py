@@ -73,15 +73,20 @@ def plain_engine(converted, quantization: str | None):
     if quantization is None:
         return engine_of(converted)
     slots = launch.in_memory(converted)[1]
-    _, banks = load_share(
+    weights, banks = load_share(
         share_of(converted.spec, "dp+ep", 0, 1), lambda slot, shape, rows: slots[slot], "float8_e4m3fn"
     )
-    return engine_of(converted, banks=ResidentBanks(banks))
+    return engine_of(converted, banks=ResidentBanks(banks), weights=weights)
 
 
-def tolerance(case: Case) -> float:
-    """Float8 rows that are cut have scales of their own."""
-    return 0.1 if case.quantization and case.strategy.endswith("+tp") else 1e-4
+def assert_same(case: Case, got, want) -> None:
+    """Float8 rows that are cut have scales of their own, so numbers and now and then an expert differ."""
+    if case.quantization and "tp" in case.strategy:
+        assert np.linalg.norm(got.logits - want.logits) <= 0.1 * np.linalg.norm(want.logits), case
+        np.testing.assert_allclose(got.log_z, want.log_z, atol=0.1)
+    else:
+        assert np.abs(got.logits - want.logits).max() <= 1e-4 * np.abs(want.logits).max(), case
+        np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +101,10 @@ def ran(tmp_path_factory):
 def test_every_strategy_equals_the_plain_engine(ran):
     runs, models = ran
     for case, outcomes in runs:
-        plain, most = plain_engine(models[case.model], case.quantization), tolerance(case)
+        plain = plain_engine(models[case.model], case.quantization)
         for requests, outcome in zip(case.requests, outcomes, strict=True):
             for want, got in zip(plain.score(requests), outcome.results, strict=True):
-                assert np.abs(got.logits - want.logits).max() <= most * np.abs(want.logits).max(), case
-                np.testing.assert_allclose(got.log_z, want.log_z, rtol=most, atol=most)
+                assert_same(case, got, want)
 
 
 def test_the_cases_cover_what_is_hard(ran):

@@ -1,0 +1,127 @@
+"""Float8 checkpoints with block scales through the engine: close to the model they stand for, the same wherever the
+banks live, whichever form their experts are kept in.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from moe_prefill import ops
+from moe_prefill.config import EngineConfig
+from moe_prefill.core import AtomicRequest
+from moe_prefill.engine import LocalEngine, build_engine
+from moe_prefill.engine.banks import BankMemory
+from moe_prefill.engine.block_scales import BlockScales
+from moe_prefill.engine.load import load_weights, open_model
+from moe_prefill.experts import Ranks
+from moe_prefill.memory import plan_memory
+from tests.checkpoint.float8_models import save
+from tests.reference import reference_logits
+
+ALIGNED = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 3, "mlp_only_layers": [1]}
+
+
+def requests() -> list[AtomicRequest]:
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 50, n, dtype=np.int32) for n in random.integers(1, 70, 12)]
+    return [AtomicRequest.candidates(row, np.arange(50), vocabulary=True) for row in rows]
+
+
+def logits(engine: LocalEngine) -> np.ndarray:
+    asked = requests()
+    try:
+        return np.stack([result.logits for result in engine.score(asked)])
+    finally:
+        engine.close()
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A model without a size that is a multiple of 128, its float32 counterpart's logits, and the resident engine's."""
+    directory = tmp_path_factory.mktemp("odd")
+    model, _ = save(directory)
+    want = np.stack([reference_logits(model, request.tokens)[-1] for request in requests()])
+    return directory, want, logits(engine_on(directory))
+
+
+def engine_on(directory, **settings) -> LocalEngine:
+    return build_engine(EngineConfig(model=str(directory), device="cpu", threads=1, dtype="float32", **settings))
+
+
+def test_close_to_the_model_that_the_blocks_stand_for(odd):
+    _, want, resident = odd
+    assert 0 < relative(resident, want) < 0.1, "rows of weights and activations are rounded to float8 again"
+
+
+def test_banks_stream_with_their_scales(odd):
+    directory, _, resident = odd
+    assert np.array_equal(logits(engine_on(directory, residency="offloaded")), resident)
+
+
+def blocks_engine(directory, levels) -> LocalEngine:
+    """An engine whose experts keep their blocks, which a CPU computes by the plain reference."""
+    spec, _ = open_model(directory)
+    device = torch.device("cpu")
+    memory = BankMemory(spec, levels, dtype=ops.FLOAT8, device=device, blocks=True)
+    _, weights, _ = load_weights(directory, dtype=torch.float32, allocate=memory.allocate, keep=memory.keep)
+    plan = plan_memory(spec, kind="cpu", element=4, budget=1 << 30)
+    return LocalEngine(spec, weights, memory.source(), plan, device=device)
+
+
+def test_experts_with_block_scales(tmp_path):
+    model, _ = save(tmp_path, **ALIGNED)
+    want = np.stack([reference_logits(model, request.tokens)[-1] for request in requests()])
+    resident = logits(blocks_engine(tmp_path, ["resident", None, "resident"]))
+    assert 0 < relative(resident, want) < 0.05
+    for levels in (["offloaded", None, "offloaded"], ["resident", None, "offloaded"]):
+        assert np.array_equal(logits(blocks_engine(tmp_path, levels)), resident), levels
+
+
+def test_dummy_weights_fill_blocks(tmp_path):
+    save(tmp_path, **ALIGNED)
+    spec, _ = open_model(tmp_path)
+    memory = BankMemory(
+        spec, ["resident", None, "offloaded"], dtype=ops.FLOAT8, device=torch.device("cpu"), blocks=True
+    )
+    options = {"dtype": torch.float32, "load_format": "dummy"}
+    _, _, wide = load_weights(tmp_path, **options)
+    load_weights(tmp_path, **options, allocate=memory.allocate, keep=memory.keep)
+    source = memory.source()
+    source.begin_sweep()
+    for layer in (0, 2):
+        bank = source.acquire(layer)
+        got = ops.dequantize_blocks(bank.gate_up, bank.gate_up_scale[:, :2].flatten(1, 2))
+        error = (got - wide[layer].gate_up).norm() / wide[layer].gate_up.norm()
+        assert 0 < error < 0.03
+        source.release(layer)
+    source.close()
+
+
+def test_ranks_tell_each_other_their_scales(tmp_path):
+    save(tmp_path, **ALIGNED)
+    spec, _ = open_model(tmp_path)
+    store, found = HashStore(), {}
+
+    def work(rank: int) -> None:
+        scales = BlockScales(spec, [0], torch.device("cpu"))
+        mine = range(rank * 4 // 3, (rank + 1) * 4 // 3)
+        scales.place(0, "gate_up", mine).fill_(rank + 1)
+        scales.place(0, "down", mine).fill_(rank + 11)
+        scales.share(0, Ranks(rank, 3, store))
+        found[rank] = scales.of(0)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for gates, downs in found.values():
+        assert gates[:, 0].mean((1, 2)).tolist() == gates[:, 1].mean((1, 2)).tolist() == [1, 2, 3, 3]
+        assert downs[:, 2].mean((1, 2)).tolist() == [11, 12, 13, 13]
