@@ -125,6 +125,8 @@ def test_head_norm_rope(tokens, heads, dim, norm, dtype):
     got = head_norm_rope_kernel(flat, weight, cos, sin, 1e-6)
     tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else TOLERANCE[dtype]
     torch.testing.assert_close(got, want, **tolerance)
+    head_norm_rope_kernel(flat, weight, cos, sin, 1e-6, out=flat)  # in place
+    torch.testing.assert_close(flat, want, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,9 +167,10 @@ def test_combine(tokens, top_k, width, dtype):
     slots = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(3)).view(tokens, top_k).to(DEVICE)
     slots[0, 0] = -1  # of no row here
     weights, residual = random(tokens, top_k, dtype=dtype, seed=4), random(tokens, width, dtype=dtype, seed=5)
-    torch.testing.assert_close(
-        combine_kernel(rows, slots, weights, residual), ref_combine(rows, slots, weights, residual), **TOLERANCE[dtype]
-    )
+    want = ref_combine(rows, slots, weights, residual)
+    torch.testing.assert_close(combine_kernel(rows, slots, weights, residual), want, **TOLERANCE[dtype])
+    combine_kernel(rows, slots, weights, residual, out=residual)  # in place
+    torch.testing.assert_close(residual, want, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

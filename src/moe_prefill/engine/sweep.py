@@ -121,18 +121,17 @@ def keys_values(
     the residual.
     """
     total = plan.forest.num_tokens
-    if len(plan.row_blocks) == 1 and plan.num_rows == total:
-        return decoder.keys_values(layer.attention, x_TD, rope)
-    spec = decoder.spec
-    k = x_TD.new_empty(total, spec.num_kv_heads, spec.head_dim)
-    v = torch.empty_like(k)
+    kv = x_TD.new_empty(total, 2, decoder.spec.num_kv_heads, decoder.spec.head_dim)
 
     def compute(block: RowBlock) -> None:
         rows, keys = block.rows, block.keys
-        k[keys], v[keys] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
+        if isinstance(keys, slice):
+            decoder.keys_values(layer.attention, x_TD[rows], rope[rows], kv[keys])
+        else:
+            kv[keys] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
 
     cores.each(compute, plan.row_blocks)
-    return k, v
+    return kv[:, 0], kv[:, 1]
 
 
 def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: DeviceChunk) -> torch.Tensor:

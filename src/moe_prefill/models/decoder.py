@@ -38,13 +38,17 @@ class Decoder:
         self._kv_width = spec.num_kv_heads * spec.head_dim
 
     def keys_values(
-        self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (normalised, rotated) and values [T, G, d] of residual rows."""
+        self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope, out_T2Gd: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Keys (normalised, rotated) and values of residual rows, [T, 2, G, d]; new, or computed in ``out``."""
         normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
-        both = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width)
-        keys, values = both[:, : self._kv_width], both[:, self._kv_width :]
-        return self._shape(keys, weights.k_norm, rope), self._heads(self._clip(values))
+        out = None if out_T2Gd is None else out_T2Gd.view(len(x_TD), -1)
+        flat = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width, out)
+        both = flat.view(len(flat), 2, -1, self.spec.head_dim)
+        self._shape(flat[:, : self._kv_width], weights.k_norm, rope, both[:, 0])
+        if self.spec.clip_qkv is not None:
+            both[:, 1].clamp_(-self.spec.clip_qkv, self.spec.clip_qkv)
+        return both
 
     def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries (normalised, rotated) [T, H, d] of residual rows."""
@@ -109,16 +113,20 @@ class Decoder:
         """RMSNorm of queries or keys over all heads together."""
         return ops.rms_norm(flat, weight, self.spec.norm_eps)
 
-    def _project(self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _project(
+        self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
-        return ops.linear(x_TD, weights.qkv[first:last], bias)
+        return ops.linear(x_TD, weights.qkv[first:last], bias, out)
 
-    def _shape(self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope) -> torch.Tensor:
+    def _shape(
+        self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.spec.qk_norm == "full":
             assert norm is not None
             flat, norm = self.norm_all_heads(flat, norm), None
         heads = self._heads(self._clip(flat))
-        return ops.head_norm_rope(heads, norm, rope.cos, rope.sin, self.spec.norm_eps)
+        return ops.head_norm_rope(heads, norm, rope.cos, rope.sin, self.spec.norm_eps, out)
 
     def _heads(self, flat: torch.Tensor) -> torch.Tensor:
         return flat.view(len(flat), -1, self.spec.head_dim)

@@ -63,15 +63,26 @@ def ref_linear(
     return out.to(dtype) if bias_N is None else out.to(dtype) + bias_N
 
 
-def linear(x_RC: Matrix, weight_NC: Matrix, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``; [R, N] in the dtype of ``x`` (bfloat16 where it comes quantised).
+def linear(
+    x_RC: Matrix, weight_NC: Matrix, bias_N: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ weight.T + bias``; [R, N] in the dtype of ``x`` (bfloat16 where it comes quantised), new or in ``out``.
 
     A plain ``x`` is quantised where the weight is float8 and the device multiplies float8 (``has_float8``). Elsewhere
     the weight is widened, a copy of the one matrix for each call: it saves memory there, not time.
     """
     if isinstance(weight_NC, torch.Tensor):
         assert isinstance(x_RC, torch.Tensor), "a plain weight takes plain rows"
-        return F.linear(x_RC, weight_NC, bias_N)
+        if out is None:
+            return F.linear(x_RC, weight_NC, bias_N)
+        if bias_N is None:
+            return torch.mm(x_RC, weight_NC.t(), out=out)
+        return torch.addmm(bias_N, x_RC, weight_NC.t(), out=out)
+    product = _float8_linear(x_RC, weight_NC, bias_N)
+    return product if out is None else out.copy_(product)
+
+
+def _float8_linear(x_RC: Matrix, weight_NC: Float8Rows, bias_N: torch.Tensor | None) -> torch.Tensor:
     dtype = x_RC.dtype if isinstance(x_RC, torch.Tensor) else torch.bfloat16
     if isinstance(x_RC, torch.Tensor) and not has_float8(x_RC.device):
         return F.linear(x_RC, weight_NC.wide(dtype), bias_N)

@@ -33,17 +33,25 @@ def ref_apply_rope(x_THd: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tens
 
 
 def head_norm_rope(
-    x_THd: torch.Tensor, weight_d: torch.Tensor | None, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor, eps: float
+    x_THd: torch.Tensor,
+    weight_d: torch.Tensor | None,
+    cos_Tr: torch.Tensor,
+    sin_Tr: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm over the channels of each head where ``weight_d`` is given, then the rotation; contiguous [T, H, d]."""
+    """RMSNorm over the channels of each head where ``weight_d`` is given, then the rotation; contiguous [T, H, d], or
+    ``out``, which may be ``x_THd`` itself.
+    """
     assert len(x_THd) == len(cos_Tr) == len(sin_Tr), (x_THd.shape, cos_Tr.shape)
     if use_triton(x_THd) and 2 * cos_Tr.shape[-1] == x_THd.shape[-1]:
         from .kernels.rope import head_norm_rope_kernel
 
-        return head_norm_rope_kernel(x_THd, weight_d, cos_Tr, sin_Tr, eps)
+        return head_norm_rope_kernel(x_THd, weight_d, cos_Tr, sin_Tr, eps, out)
     if weight_d is not None:
         x_THd = rms_norm(x_THd, weight_d, eps)
-    return _apply_rope(x_THd, cos_Tr, sin_Tr)
+    rotated = _apply_rope(x_THd, cos_Tr, sin_Tr)
+    return rotated if out is None else out.copy_(rotated)
 
 
 def _apply_rope(x_THd: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:
