@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import cast
 
@@ -85,7 +85,7 @@ class RoutedEngine(ProcessEngine):
         self._outside: dict[int, Ticket] = {}  # the patient ones, in order
         self._dispatch: Dispatch | None = None
         self._group: WorkerGroup | None = None
-        super().__init__(config, patience)
+        super().__init__(replace(config, keep_prefixes=True), patience)
 
     @property
     def machine(self) -> Machine:
