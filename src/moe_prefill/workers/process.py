@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 _CHUNK = 1 << 20
 _WARM_UP_TOKENS = 48
+_kept: list[object] = []  # for the life of the process: rank 0's store serves its peers while they are being built
 
 
 class Controller:
@@ -87,6 +88,7 @@ def build_rank(start: Start, rank: int, page_fd: int, store_fd: int) -> LocalEng
     from ..strategies import RankGroup, build_strategy_engine
 
     store = open_store(start.store_port, start.size, listen_fd=store_fd if rank == 0 else None)
+    _kept.append(store)
     ranks, layers_done = Ranks(rank, start.size, store), ProgressPage(page_fd, start.size).counts[rank : rank + 1]
     if start.config.strategy == "asyncep":
         return build_engine(start.config, ranks, layers_done)
