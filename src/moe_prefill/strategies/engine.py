@@ -54,7 +54,7 @@ class StrategyEngine(LocalEngine):
             device=part.collectives.ranks.device,
             sharing=config.sharing,
             prune_last=config.prune_last,
-            quantization="fp8" if config.quantization == "fp8" or share.whole.float8_blocks else None,
+            quantization="fp8" if config.quantization == "fp8" or part.share.whole.float8_blocks else None,
         )
         self.share = part.share
         self.schedule = "rounds" if part.share.is_data_parallel else "together"
