@@ -23,6 +23,7 @@ _SETTINGS = (
     "default_max_tokens",
     "rerank_task",
     "classify_task",
+    "v1_rerank",
     "max_rows",
     "max_logprobs",
     "max_label_ids",

@@ -43,73 +43,98 @@ class BatchBody(BaseModel):
 def add_batch_routes(app: FastAPI, runner: BatchRunner, max_bytes: int) -> None:
     """Add the routes; ``max_bytes`` of one file."""
     door: Door = app.state.door
-    store = runner.store
-    uploads = _Uploads(store, max_bytes)
-
-    def route(method: str, path: str, handle: Callable[..., Awaitable[Answer]], summary: str) -> None:
-        async def serve(request: Request) -> Response:
-            async def answered(request: Request, caller: Caller, request_id: str) -> Answer:
-                return await handle(request, caller, **request.path_params)
-
-            return await door.open(request, path, answered)
-
+    files, batches = _Files(runner.store), _Batches(runner, door)
+    uploads = _Uploads(runner.store, max_bytes)
+    for method, path, handle, summary in (
+        ("POST", "/v1/files", uploads.receive, "Upload a file of batch lines (multipart: purpose, file)."),
+        ("GET", "/v1/files", files.all, "Your files, the newest first."),
+        ("GET", "/v1/files/{file_id}", files.one, "What is known of a file."),
+        ("DELETE", "/v1/files/{file_id}", files.delete, "Delete a file."),
+        ("POST", "/v1/batches", batches.create, "Start a batch over an uploaded file."),
+        ("GET", "/v1/batches", batches.all, "Your batches, the newest first."),
+        ("GET", "/v1/batches/{batch_id}", batches.one, "How far a batch is."),
+        ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "Stop a batch; what it has done is kept."),
+    ):
+        serve = _opening(door, path, handle)
         app.add_api_route(path, serve, methods=[method], summary=summary, name=f"{method} {path}")
-
-    async def list_files(request: Request, caller: Caller) -> Answer:
-        files = await asyncio.to_thread(store.files, caller.tenant)
-        purpose = request.query_params.get("purpose")
-        return _page(request, [file.to_json() for file in files if purpose in (None, file.purpose)])
-
-    async def get_file(request: Request, caller: Caller, file_id: str) -> Answer:
-        return _json((await _file(store, file_id, caller)).to_json())
-
-    async def delete_file(request: Request, caller: Caller, file_id: str) -> Answer:
-        await _file(store, file_id, caller)
-        if await asyncio.to_thread(store.in_use, file_id):
-            raise Refused(409, "file_in_use", "a batch reads the file; cancel it first, or wait until it has ended")
-        await asyncio.to_thread(store.delete_file, file_id, caller.tenant)
-        return _json({"id": file_id, "object": "file", "deleted": True})
-
-    async def create_batch(request: Request, caller: Caller) -> Answer:
-        body = _batch_body(await read_body(request, door.limits))
-        await _file(store, body.input_file_id, caller)
-        batch = _new_batch(body, caller)
-        await asyncio.to_thread(store.put, batch)
-        runner.wake()
-        return _json(batch.to_json())
-
-    async def list_batches(request: Request, caller: Caller) -> Answer:
-        batches = await asyncio.to_thread(store.batches, caller.tenant)
-        return _page(request, [batch.to_json() for batch in batches])
-
-    async def get_batch(request: Request, caller: Caller, batch_id: str) -> Answer:
-        return _json(_found(await asyncio.to_thread(store.batch, batch_id, caller.tenant)).to_json())
-
-    async def cancel_batch(request: Request, caller: Caller, batch_id: str) -> Answer:
-        batch = _found(await asyncio.to_thread(store.cancel, batch_id, caller.tenant))
-        runner.wake()
-        return _json(batch.to_json())
-
-    route("POST", "/v1/files", uploads.receive, "Upload a file of batch lines (multipart: purpose, file).")
-    route("GET", "/v1/files", list_files, "Your files, the newest first.")
-    route("GET", "/v1/files/{file_id}", get_file, "What is known of a file.")
-    route("DELETE", "/v1/files/{file_id}", delete_file, "Delete a file.")
-    route("POST", "/v1/batches", create_batch, "Start a batch over an uploaded file.")
-    route("GET", "/v1/batches", list_batches, "Your batches, the newest first.")
-    route("GET", "/v1/batches/{batch_id}", get_batch, "How far a batch is.")
-    route("POST", "/v1/batches/{batch_id}/cancel", cancel_batch, "Stop a batch; what it has done is kept.")
 
     @app.get("/v1/files/{file_id}/content", summary="The content of a file.")
     async def content(request: Request, file_id: str) -> Response:
         found: list[Path] = []
 
         async def find(request: Request, caller: Caller, request_id: str) -> Answer:
-            await _file(store, file_id, caller)
-            found.append(store.path(file_id))
+            found.append(await files.path(file_id, caller))
             return _json({})
 
         response = await door.open(request, "/v1/files/{file_id}/content", find)
         return FileResponse(found[0], media_type="application/jsonl") if found else response
+
+
+def _opening(
+    door: Door, path: str, handle: Callable[..., Awaitable[Answer]]
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route that goes through the door; parts of the path are arguments of ``handle``."""
+
+    async def answered(request: Request, caller: Caller, request_id: str) -> Answer:
+        return await handle(request, caller, **request.path_params)
+
+    async def serve(request: Request) -> Response:
+        return await door.open(request, path, answered)
+
+    return serve
+
+
+class _Files:
+    """What a caller may do with the files that are there. Those of another tenant are not there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def all(self, request: Request, caller: Caller) -> Answer:
+        files = await asyncio.to_thread(self._store.files, caller.tenant)
+        purpose = request.query_params.get("purpose")
+        return _page(request, [file.to_json() for file in files if purpose in (None, file.purpose)])
+
+    async def one(self, request: Request, caller: Caller, file_id: str) -> Answer:
+        return _json((await _file(self._store, file_id, caller)).to_json())
+
+    async def delete(self, request: Request, caller: Caller, file_id: str) -> Answer:
+        await _file(self._store, file_id, caller)
+        if await asyncio.to_thread(self._store.in_use, file_id):
+            raise Refused(409, "file_in_use", "a batch reads the file; cancel it first, or wait until it has ended")
+        await asyncio.to_thread(self._store.delete_file, file_id, caller.tenant)
+        return _json({"id": file_id, "object": "file", "deleted": True})
+
+    async def path(self, file_id: str, caller: Caller) -> Path:
+        await _file(self._store, file_id, caller)
+        return self._store.path(file_id)
+
+
+class _Batches:
+    """What a caller may do with batches."""
+
+    def __init__(self, runner: BatchRunner, door: Door) -> None:
+        self._store, self._wake, self._limits = runner.store, runner.wake, door.limits
+
+    async def create(self, request: Request, caller: Caller) -> Answer:
+        body = _batch_body(await read_body(request, self._limits))
+        await _file(self._store, body.input_file_id, caller)
+        batch = _new_batch(body, caller)
+        await asyncio.to_thread(self._store.put, batch)
+        self._wake()
+        return _json(batch.to_json())
+
+    async def all(self, request: Request, caller: Caller) -> Answer:
+        batches = await asyncio.to_thread(self._store.batches, caller.tenant)
+        return _page(request, [batch.to_json() for batch in batches])
+
+    async def one(self, request: Request, caller: Caller, batch_id: str) -> Answer:
+        return _json(_found(await asyncio.to_thread(self._store.batch, batch_id, caller.tenant)).to_json())
+
+    async def cancel(self, request: Request, caller: Caller, batch_id: str) -> Answer:
+        batch = _found(await asyncio.to_thread(self._store.cancel, batch_id, caller.tenant))
+        self._wake()
+        return _json(batch.to_json())
 
 
 class _Uploads:

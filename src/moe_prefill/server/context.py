@@ -14,6 +14,7 @@ from ..core import AtomicRequest, AtomicResult, EngineLimits, Int32Array
 from ..tasks import ClassifyConfig, RankConfig, Task, TaskConfig, build_task
 from ..text import ChatTemplate, Tokenizer
 from .refusals import Refused, bad_request, too_many
+from .settings import V1Rerank
 
 Results = Sequence[AtomicResult | Exception]
 _TASKS_KEPT = 256
@@ -55,6 +56,7 @@ class Context:
     allow: Allowances = field(default_factory=Allowances)
     rerank: RankConfig = field(default_factory=lambda: RankConfig(candidates_column="documents", text_column="query"))
     classify: ClassifyConfig | None = None
+    v1_rerank: V1Rerank = "vllm"  # whose reply /v1/rerank gives
     created: int = 0  # seconds since 1970
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -67,6 +67,13 @@ _TEI_RERANK = Form(
     example={"query": "What is the capital of France?", "texts": _DOCUMENTS},
     dialect="tei",
 )
+_SGLANG_RERANK = Form(
+    body=reranking.SglangRerankBody,
+    plan=reranking.sglang_rerank,
+    keys=frozenset({"instruct"}),
+    example={"query": "What is the capital of France?", "documents": _DOCUMENTS, "return_documents": False},
+)
+_V1_RERANK = replace(_RERANK, plan=reranking.v1_rerank)
 _PAIRS = Form(
     body=reranking.PairsBody,
     plan=reranking.score_pairs,
@@ -86,31 +93,31 @@ _CLASSIFY = Form(
 )
 
 
+def _one(path: str, summary: str, form: Form) -> Endpoint:
+    return Endpoint(paths=(path,), summary=summary, forms=(form,))
+
+
 def _own(kind: str, example: Mapping[str, Any]) -> Form:
     return Form(body=own.body_of(kind), plan=partial(own.answer, kind), example=example)
 
 
 ENDPOINTS: Sequence[Endpoint] = (
-    Endpoint(
-        paths=("/v1/completions",),
-        summary="Log-probabilities of prompts, and at most one generated token.",
-        forms=(
-            Form(
-                body=completions.CompletionBody,
-                plan=completions.completions,
-                example={"prompt": "The sky is blue", "max_tokens": 1, "logprobs": 1, "echo": True},
-            ),
+    _one(
+        "/v1/completions",
+        "Log-probabilities of prompts, and at most one generated token.",
+        Form(
+            body=completions.CompletionBody,
+            plan=completions.completions,
+            example={"prompt": "The sky is blue", "max_tokens": 1, "logprobs": 1, "echo": True},
         ),
     ),
-    Endpoint(
-        paths=("/v1/chat/completions",),
-        summary="At most one token after a conversation, with log-probabilities.",
-        forms=(
-            Form(
-                body=completions.ChatBody,
-                plan=completions.chat,
-                example={"messages": _CHAT, "max_tokens": 1, "logprobs": True, "top_logprobs": 5},
-            ),
+    _one(
+        "/v1/chat/completions",
+        "At most one token after a conversation, with log-probabilities.",
+        Form(
+            body=completions.ChatBody,
+            plan=completions.chat,
+            example={"messages": _CHAT, "max_tokens": 1, "logprobs": True, "top_logprobs": 5},
         ),
     ),
     Endpoint(
@@ -118,15 +125,13 @@ ENDPOINTS: Sequence[Endpoint] = (
         summary="Probabilities of label tokens after query and items; or relevance of text pairs.",
         forms=(_SGLANG_SCORE, _PAIRS),
     ),
-    Endpoint(
-        paths=("/generative_scoring",),
-        summary="Probability of the first label token after query and each item.",
-        forms=(
-            Form(
-                body=scoring.GenerativeBody,
-                plan=scoring.generative_scoring,
-                example={"query": "Is it true? ", "items": ["Water is wet."], "label_token_ids": [10, 20]},
-            ),
+    _one(
+        "/generative_scoring",
+        "Probability of the first label token after query and each item.",
+        Form(
+            body=scoring.GenerativeBody,
+            plan=scoring.generative_scoring,
+            example={"query": "Is it true? ", "items": ["Water is wet."], "label_token_ids": [10, 20]},
         ),
     ),
     Endpoint(
@@ -135,62 +140,56 @@ ENDPOINTS: Sequence[Endpoint] = (
         forms=(_TEI_RERANK, _RERANK),
     ),
     Endpoint(
-        paths=("/v1/rerank", "/v2/rerank"),
-        summary="Documents by relevance, as vLLM, Cohere and Jina.",
-        forms=(_RERANK,),
+        paths=("/v1/rerank",),
+        summary="Documents by relevance, as vLLM, Cohere and Jina; SGLang with --v1-rerank sglang or instruct.",
+        forms=(_SGLANG_RERANK, _V1_RERANK),
     ),
-    Endpoint(
-        paths=("/predict",),
-        summary="Classes of texts, as TEI.",
-        forms=(
-            Form(
-                body=classifying.PredictBody,
-                plan=classifying.predict,
-                example={"inputs": [["You won a prize!"], ["Lunch at noon?"]]},
-                dialect="tei",
-            ),
+    _one("/v2/rerank", "Documents by relevance, as vLLM, Cohere and Jina.", _RERANK),
+    _one(
+        "/predict",
+        "Classes of texts, as TEI.",
+        Form(
+            body=classifying.PredictBody,
+            plan=classifying.predict,
+            example={"inputs": [["You won a prize!"], ["Lunch at noon?"]]},
+            dialect="tei",
         ),
     ),
-    Endpoint(paths=("/classify",), summary="Classes of texts, as vLLM and Infinity.", forms=(_CLASSIFY,)),
+    _one("/classify", "Classes of texts, as vLLM and Infinity.", _CLASSIFY),
     Endpoint(
         paths=("/v1/classify",),
         summary="One of the labels for every row; or, where the body has input, as /classify.",
         forms=(_CLASSIFY, _own("classify", {"rows": ["You won a prize!"], "labels": ["spam", "ham"]})),
     ),
-    Endpoint(
-        paths=("/v1/choose",),
-        summary="One of a row's options, which are named A, B, ... in the prompt.",
-        forms=(_own("choose", {"rows": ["What is wet?"], "options": ["Water", "Fire"]}),),
+    _one(
+        "/v1/choose",
+        "One of a row's options, which are named A, B, ... in the prompt.",
+        _own("choose", {"rows": ["What is wet?"], "options": ["Water", "Fire"]}),
     ),
-    Endpoint(
-        paths=("/v1/select",),
-        summary="All candidates that apply to a row.",
-        forms=(_own("select", {"rows": ["Goals, goals!"], "candidates": ["sports", "politics"], "threshold": 0.5}),),
+    _one(
+        "/v1/select",
+        "All candidates that apply to a row.",
+        _own("select", {"rows": ["Goals, goals!"], "candidates": ["sports", "politics"], "threshold": 0.5}),
     ),
-    Endpoint(
-        paths=("/v1/rank",),
-        summary="The candidates of a row from best to worst.",
-        forms=(_own("rank", {"rows": ["What is the capital of France?"], "candidates": _DOCUMENTS}),),
+    _one(
+        "/v1/rank",
+        "The candidates of a row from best to worst.",
+        _own("rank", {"rows": ["What is the capital of France?"], "candidates": _DOCUMENTS}),
     ),
-    Endpoint(
-        paths=("/v1/score_tokens",),
-        summary="Log-probabilities of a continuation, a document, or given token ids.",
-        forms=(
-            _own(
-                "score",
-                {"rows": [{"q": "2 + 2 =", "a": " 4"}], "template": "{q}", "continuation": "{a}", "top_k": 2},
-            ),
-        ),
+    _one(
+        "/v1/score_tokens",
+        "Log-probabilities of a continuation, a document, or given token ids.",
+        _own("score", {"rows": [{"q": "2 + 2 =", "a": " 4"}], "template": "{q}", "continuation": "{a}", "top_k": 2}),
     ),
-    Endpoint(
-        paths=("/tokenize",),
-        summary="Token ids of a text or of messages.",
-        forms=(Form(body=tokens.TokenizeBody, plan=tokens.tokenize, example={"prompt": "Hello there"}),),
+    _one(
+        "/tokenize",
+        "Token ids of a text or of messages.",
+        Form(body=tokens.TokenizeBody, plan=tokens.tokenize, example={"prompt": "Hello there"}),
     ),
-    Endpoint(
-        paths=("/detokenize",),
-        summary="The text of token ids.",
-        forms=(Form(body=tokens.DetokenizeBody, plan=tokens.detokenize, example={"tokens": [10, 20]}),),
+    _one(
+        "/detokenize",
+        "The text of token ids.",
+        Form(body=tokens.DetokenizeBody, plan=tokens.detokenize, example={"tokens": [10, 20]}),
     ),
 )
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core import AtomicRequest, AtomicResult
+from ..core import AtomicRequest
 from ..forest import common_prefixes, sort_requests
+from .backends import Answers
 
-Answers = list[AtomicResult | Exception]
+_MISSING = LookupError("not answered")
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class Work:
     """The atomic requests of one HTTP request or batch line, and the place for their answers.
 
     ``costs`` are the tokens that each request adds to those before it, prefixes shared. The queue advances ``given``,
-    the scheduler fills ``answers`` and resolves ``reply`` exactly once. Who no longer waits cancels ``reply``.
+    the scheduler fills ``answers``, of which ``unanswered`` are missing, and resolves ``reply`` exactly once. Who no
+    longer waits cancels ``reply``.
     """
 
     requests: Sequence[AtomicRequest]
@@ -30,8 +32,13 @@ class Work:
     arrived_s: float = 0.0
     started_s: float | None = None  # of the first call that carries part of it
     given: int = 0
-    answers: Answers = field(default_factory=list)
+    answers: Answers = field(init=False)
+    unanswered: int = field(init=False)
     reply: Future[Answers] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        self.unanswered = len(self.requests)
+        self.answers = [_MISSING] * self.unanswered
 
     @property
     def tokens(self) -> int:
@@ -64,6 +71,21 @@ class Part:
     work: Work
     start: int
     end: int
+
+    @property
+    def requests(self) -> Sequence[AtomicRequest]:
+        return self.work.requests[self.start : self.end]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.work.costs[self.start : self.end])
+
+    def fill(self, answers: Answers) -> bool:
+        """Put the answers in their places, in whatever order the parts of a work are done; True: it was the last."""
+        assert len(answers) == self.end - self.start, (len(answers), self.start, self.end)
+        self.work.answers[self.start : self.end] = answers
+        self.work.unanswered -= len(answers)
+        return not self.work.unanswered
 
 
 class FairQueue:

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from .scheduler import Call, Lane, Scheduler
 from .service import Answer
+from .workerstates import worker_metrics, worker_rows
 
 _LANES: tuple[Lane, ...] = ("interactive", "batch")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -100,6 +101,7 @@ class Metrics:
             "tokens_per_s": scheduler.pace.tokens_per_s,
             "limits": asdict(engine.limits),
             "stats": {**asdict(stats), "saved_tokens": stats.saved_tokens},
+            "workers": worker_rows(scheduler),
             "mfu": stats.flops / stats.busy_s / peak if peak and stats.busy_s else None,
             "requests": {"all": self.count, "answered": self.success, "errors": dict(sorted(self.failures.items()))},
             "recent_errors": [asdict(error) for error in self.recent],
@@ -121,9 +123,14 @@ class _Engine(Collector):
         saved = stats["prompt_tokens"] - stats["computed_tokens"]
         yield CounterMetricFamily("moe_prefill_engine_saved_tokens", "Prefix tokens not computed again.", value=saved)
         peak = scheduler.engine.peak_flops
+        if stats["busy_s"]:
+            exposed = stats["exposed_s"] / stats["busy_s"]
+            text = "Part of the busy time in which computation waited for expert banks."
+            yield GaugeMetricFamily("moe_prefill_exposed_transfer_ratio", text, value=exposed)
         if peak and stats["busy_s"]:
             mfu = stats["flops"] / stats["busy_s"] / peak
             yield GaugeMetricFamily("moe_prefill_mfu", "Model FLOPs utilisation while busy.", value=mfu)
+        yield from worker_metrics(scheduler)
         if scheduler.pace.tokens_per_s is not None:
             yield GaugeMetricFamily(
                 "moe_prefill_tokens_per_second", "In full calls.", value=scheduler.pace.tokens_per_s

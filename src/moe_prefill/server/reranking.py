@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,13 @@ from pydantic import Field
 
 from ..core import PreparedRow
 from ..errors import RowError
-from ..tasks import RankConfig
+from ..tasks import RankConfig, Task
 from ..tasks.common import label_scores
-from .bodies import Body, Texts, refuse_fields, texts_of
+from .bodies import Body, Texts, texts_of
 from .context import Context, Plan, Results, good, usage
 from .refusals import bad_request
+
+_INSTRUCT = "instruct"  # the placeholder for what SGLang calls so and vLLM an instruction
 
 
 class RerankBody(Body):
@@ -34,6 +36,16 @@ class RerankBody(Body):
         None, description="Cut the longer of query and document to bring a prompt to N tokens; -1: to the limit."
     )
     max_tokens_per_doc: int | None = Field(None, description="Cut documents to that many tokens.")
+
+
+class SglangRerankBody(Body):
+    """SGLang's form. ``instruct`` is the {instruct} of the server's rerank task."""
+
+    query: str
+    documents: list[str]
+    instruct: str | None = None
+    top_n: int | None = None
+    return_documents: bool = True
 
 
 class TeiRerankBody(Body):
@@ -63,12 +75,11 @@ def rerank(context: Context, raw: dict[str, Any]) -> Plan:
     """vLLM's form, which holds what Cohere's and Jina's clients read."""
     body = RerankBody.model_validate(raw)
     documents = [_document(context, document, body.max_tokens_per_doc) for document in body.documents]
-    if body.top_n is not None and body.top_n < 0:
-        raise bad_request("bad_top_n", f"top_n is {body.top_n}; it is at least 1, or 0 for all", "top_n")
+    top_n = _top_n(body.top_n)
 
     def reply(scores: Sequence[float], tokens: int) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
-        for index in _ranked(scores)[: body.top_n or None]:
+        for index in _ranked(scores)[:top_n]:
             entry: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
             if body.return_documents is not False:
                 entry["document"] = {"text": documents[index]}
@@ -83,8 +94,32 @@ def rerank(context: Context, raw: dict[str, Any]) -> Plan:
             "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         }
 
-    rows = [(body.query, documents)]
-    return _plan(context, rows, body.truncate_prompt_tokens, "right", body.raw_scores, reply, "documents")
+    asked = _Asked([(body.query, documents)], "documents", keep=body.truncate_prompt_tokens, raw_scores=body.raw_scores)
+    return _plan(context, asked, reply)
+
+
+def sglang_rerank(context: Context, raw: dict[str, Any]) -> Plan:
+    """The same relevance as a bare list."""
+    body = SglangRerankBody.model_validate(raw)
+    top_n, request_id = _top_n(body.top_n), f"rerank-{uuid.uuid4().hex}"
+
+    def reply(scores: Sequence[float], tokens: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "score": scores[index],
+                "document": body.documents[index] if body.return_documents else None,
+                "index": index,
+                "meta_info": {"id": request_id, "prompt_tokens": tokens},
+            }
+            for index in _ranked(scores)[:top_n]
+        ]
+
+    return _plan(context, _Asked([(body.query, body.documents)], "documents", instruct=body.instruct), reply)
+
+
+def v1_rerank(context: Context, raw: dict[str, Any]) -> Plan:
+    """Of two forms whose bodies may be alike, the one that the operator has set."""
+    return sglang_rerank(context, raw) if context.v1_rerank == "sglang" else rerank(context, raw)
 
 
 def tei_rerank(context: Context, raw: dict[str, Any]) -> Plan:
@@ -97,14 +132,21 @@ def tei_rerank(context: Context, raw: dict[str, Any]) -> Plan:
             for index in _ranked(scores)
         ]
 
-    side: Literal["left", "right"] = "left" if body.truncation_direction.lower() == "left" else "right"
-    keep = -1 if body.truncate else None
-    return _plan(context, [(body.query, body.texts)], keep, side, body.raw_scores, reply, "texts")
+    asked = _Asked(
+        [(body.query, body.texts)],
+        "texts",
+        keep=-1 if body.truncate else None,
+        side="left" if body.truncation_direction.lower() == "left" else "right",
+        raw_scores=body.raw_scores,
+    )
+    return _plan(context, asked, reply)
 
 
 def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
     body = PairsBody.model_validate(raw)
-    refuse_fields(raw, {"instruction": ()})
+    instruct = raw.get("instruction")
+    if instruct is not None and not isinstance(instruct, str):
+        raise bad_request("bad_text", "instruction is a text", "instruction")
     left = _side(context, body, ("text_1", "queries", "data_1"))
     right = _side(context, body, ("text_2", "documents", "items", "data_2"))
     if len(left) == 1:
@@ -128,25 +170,41 @@ def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
             "usage": usage(tokens),
         }
 
-    return _plan(context, rows, body.truncate_prompt_tokens, "right", body.use_activation is False, reply, "text_2")
+    asked = _Asked(
+        rows,
+        "text_2",
+        keep=body.truncate_prompt_tokens,
+        raw_scores=body.use_activation is False,
+        instruct=instruct,
+    )
+    return _plan(context, asked, reply)
 
 
-def _plan(
-    context: Context,
-    rows: Sequence[tuple[str, Sequence[str]]],
-    keep: int | None,
-    side: Literal["left", "right"],
-    raw_scores: bool,
-    reply: Any,
-    param: str,
-) -> Plan:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Queries with their documents, in the field ``param``. ``keep`` and ``side``: how prompts are cut, None: not.
+    ``raw_scores``: log-odds. ``instruct`` fills the task's placeholder of that name.
+    """
+
+    rows: Sequence[tuple[str, Sequence[str]]]
+    param: str
+    keep: int | None = None
+    side: Literal["left", "right"] = "right"
+    raw_scores: bool = False
+    instruct: str | None = None
+
+
+def _plan(context: Context, asked: _Asked, reply: Any) -> Plan:
     """Scores of each row's documents, row after row."""
-    context.check_rows(sum(len(documents) for _, documents in rows), param)
-    config, max_tokens = _truncating(context.rerank, keep, side)
+    context.check_rows(sum(len(documents) for _, documents in asked.rows), asked.param)
+    config, max_tokens = _truncating(context.rerank, asked.keep, asked.side)
     query_column, column = config.text_column, config.candidates_column
     assert column is not None, "the server's rerank task reads its candidates from a column"
     task = context.task(config, max_tokens)
-    table: list[Mapping[str, object]] = [{query_column: query, column: list(documents)} for query, documents in rows]
+    fixed = _instruction(task, asked.instruct)
+    table: list[Mapping[str, object]] = [
+        {query_column: query, column: list(documents), **fixed} for query, documents in asked.rows
+    ]
     prepared = [_ready(row) for row in task.prepare(table)]
     requests = [request for row in prepared for request in row.requests]
 
@@ -157,10 +215,34 @@ def _plan(
             mine, answers = answers[: len(row.requests)], answers[len(row.requests) :]
             for yes, no in label_scores(row, mine):
                 odds = float(yes - no)
-                scores.append(odds if raw_scores else float(0.5 * (1.0 + np.tanh(odds / 2))))
+                scores.append(odds if asked.raw_scores else float(0.5 * (1.0 + np.tanh(odds / 2))))
         return reply(scores, sum(len(request.tokens) for request in requests))
 
     return Plan(requests, finish)
+
+
+def _instruction(task: Task, given: str | None) -> dict[str, object]:
+    """The columns that an instruction adds; it is refused where the task would not read it."""
+    reads = _INSTRUCT in task.placeholders
+    if given is None and not reads:
+        return {}
+    if given is None:
+        message = f"this server's rerank task reads {{{_INSTRUCT}}}: send {_INSTRUCT}"
+    elif not reads:
+        message = (
+            f"this server's rerank task does not read {_INSTRUCT}: leave it out, or start the server with a "
+            f"--rerank-task whose template has {{{_INSTRUCT}}}"
+        )
+    else:
+        return {_INSTRUCT: given}
+    raise bad_request("bad_instruct", message, _INSTRUCT)
+
+
+def _top_n(given: int | None) -> int | None:
+    """How many to tell; None: all."""
+    if given is not None and given < 0:
+        raise bad_request("bad_top_n", f"top_n is {given}; it is at least 1, or 0 for all", "top_n")
+    return given or None
 
 
 def _truncating(config: RankConfig, keep: int | None, side: Literal["left", "right"]) -> tuple[RankConfig, int | None]:

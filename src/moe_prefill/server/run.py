@@ -41,18 +41,28 @@ _LAST_REPLIES_S = 5.0  # for replies that are being written when the queue is em
 
 def serve(server: ServerConfig, engine: EngineConfig) -> None:
     """Load the model and serve until SIGTERM. Raises what is wrong with settings and model before listening."""
-    from ..workers import build_scoring
-
     set_up(server.log_level)
     keys, tracer = Keys.read(server.api_keys), tracer_of(server.otlp_endpoint)
     context_of = prepare(server, engine)
     with (
         closing(tracer),
         closing(bind(server.host, server.port)) as listener,
-        closing(build_scoring(engine)) as scoring,
+        closing(build_serving(server, engine)) as scoring,
     ):
         service, metrics = assemble(server, scoring, context_of(scoring.limits), keys)
         Drained(server, service, metrics, keys, tracer).run(sockets=[listener])
+
+
+def build_serving(server: ServerConfig, engine: EngineConfig) -> ScoringEngine:
+    """The engine: with several processes, one that routes requests to them one by one."""
+    from .. import workers
+
+    if engine.gpus is None or engine.strategy != "asyncep" or server.routing == "off":
+        return workers.build_scoring(engine)
+    routing = workers.Routing(
+        policy=server.routing, max_sweep_s=server.max_sweep_s, max_wait_s=server.max_wait_ms / 1000
+    )
+    return workers.RoutedEngine(engine, routing)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -78,6 +88,7 @@ class _ContextOf:
         self._tokenizer = read_tokenizer(server.tokenizer, engine)
         self._rerank = _rerank_task(server.rerank_task)
         self._classify = _classify_task(server.classify_task)
+        self._v1_rerank = server.v1_rerank
         self._allow = Allowances(
             max_rows=server.max_rows,
             max_logprobs=server.max_logprobs,
@@ -93,6 +104,7 @@ class _ContextOf:
             allow=self._allow,
             rerank=self._rerank,
             classify=self._classify,
+            v1_rerank=self._v1_rerank,
             created=int(time.time()),
         )
 

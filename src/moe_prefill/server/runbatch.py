@@ -148,7 +148,7 @@ def _finish(line: Line, plan: Plan, results: Results) -> Answer:
 
 def _job_name(source: Path, context: Context, engine: ScoringEngine, model: str) -> str:
     facts = (file_digest(source), model, engine.plan_digest, context.tokenizer.fingerprint)
-    settings = (context.names, context.allow, context.rerank, context.classify)
+    settings = (context.names, context.allow, context.rerank, context.classify, context.v1_rerank)
     return hashlib.sha256(repr((facts, settings)).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,5 @@
-"""Between HTTP and the engine: bounded queues, and one thread that owns the engine and forms its calls.
+"""Between HTTP and the engine: bounded queues, and the threads that form the engine's calls, as many as it takes at
+once.
 
 A call takes what is queued, as late as possible: the oldest first, interactive work before batches. When little is
 there it waits a moment for more. It carries at most as many tokens as the engine, by its speed so far, computes in
@@ -11,13 +12,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core import AtomicResult, ScoringEngine
+from ..core import ScoringEngine
 from ..errors import WorkerError
-from .fairqueue import Answers, FairQueue, Part, Work
+from .backends import Answers, backend_of
+from .fairqueue import FairQueue, Part, Work
 from .refusals import Refused, overloaded, unavailable
 
 _log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        return sum(sum(part.work.costs[part.start : part.end]) for part in self.parts)
+        return sum(part.tokens for part in self.parts)
 
     @property
     def num_requests(self) -> int:
@@ -85,7 +87,7 @@ class Call:
 class Scheduler:
     """Owns the engine. ``submit`` takes work in or refuses it; every work taken in gets exactly one reply.
 
-    ``observe`` is called with every finished call and its seconds. The thread is started with ``start``; tests call
+    ``observe`` is called with every finished call and its seconds. The threads are started with ``start``; tests call
     ``decide`` and ``run`` themselves.
     """
 
@@ -98,17 +100,22 @@ class Scheduler:
     ) -> None:
         self.engine = engine
         self.policy = policy
+        self._backend = backend_of(engine)
+        calls = self._backend.calls_at_once  # together they take as long as one may
         self.paces: dict[Lane, Pace] = {
-            "interactive": Pace(policy.max_sweep_s),
-            "batch": Pace(policy.batch_sweep_s),
+            "interactive": Pace(policy.max_sweep_s / calls),
+            "batch": Pace(policy.batch_sweep_s / calls),
         }
         self.state: State = "starting"
         self.observe: Callable[[Call, float], None] = lambda call, seconds: None
         self._clock = clock
         self._changed = threading.Condition()  # guards the queues and the state
         self._queues: dict[Lane, FairQueue] = {"interactive": FairQueue(), "batch": FairQueue()}
-        self._running: Call | None = None
-        self._thread = threading.Thread(target=self._live, name="scheduler", daemon=True)
+        self._running: list[Call] = []
+        self._learnt_s = -math.inf  # when the last call ended
+        self._threads = [
+            threading.Thread(target=self._live, name=f"scheduler-{number}", daemon=True) for number in range(calls)
+        ]
 
     def start(self) -> None:
         """Begin to serve, unless the server is being ended already."""
@@ -116,7 +123,8 @@ class Scheduler:
             if self.state != "starting":
                 return
             self.state = "ready"
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def _closed(self) -> bool:
@@ -136,6 +144,12 @@ class Scheduler:
         with self._changed:
             queue = self._queues[lane]
             return len(queue), queue.tokens
+
+    @property
+    def running_tokens(self) -> int:
+        """Of the calls that the engine has been given."""
+        with self._changed:
+            return sum(call.tokens for call in self._running)
 
     def retry_after_s(self) -> int:
         """When the present queue will be done, whole seconds from 1 to 60."""
@@ -174,8 +188,9 @@ class Scheduler:
                     return self.policy.max_wait_s - waited_s
                 parts = queue.take(budget)
                 if parts:
-                    self._running = Call(parts, lane)
-                    return self._running
+                    call = Call(parts, lane)
+                    self._running.append(call)
+                    return call
             return None
 
     def run(self, call: Call) -> None:
@@ -183,24 +198,35 @@ class Scheduler:
         begin_s = self._clock()
         for part in call.parts:
             part.work.started_s = part.work.started_s or begin_s
-        requests = [request for part in call.parts for request in part.work.requests[part.start : part.end]]
+        missing = dict(enumerate(call.parts))
         try:
-            answers = self.engine.score(requests)
-            assert len(answers) == len(requests), (len(answers), len(requests))
-            self.paces[call.lane].add(call.tokens, self._clock() - begin_s)
+            for number, answers in self._backend.compute([part.requests for part in call.parts]):
+                self._answer(missing.pop(number), answers)
+            assert not missing, f"{len(missing)} parts of a call were not answered"
+            self._learn(call, begin_s)
         except Exception as error:  # whatever it is, nobody may wait for ever
-            _log.error("a call of %d requests failed: %s", len(requests), error, exc_info=True)
-            answers = [error] * len(requests)
+            _log.error("a call of %d requests failed: %s", call.num_requests, error, exc_info=True)
             if isinstance(error, WorkerError):
                 self._fail()
+            for part in missing.values():
+                self._answer(part, [error] * len(part.requests))
         self.observe(call, self._clock() - begin_s)
         with self._changed:
-            self._running = None
+            self._running.remove(call)
             self._changed.notify_all()
-        for part, mine in _deal(call.parts, answers):
-            part.work.answers += mine
-            if len(part.work.answers) == len(part.work.requests):
-                part.work.resolve(part.work.answers)
+
+    def _answer(self, part: Part, answers: Answers) -> None:
+        with self._changed:
+            complete = part.fill(answers)
+        if complete:
+            part.work.resolve(part.work.answers)
+
+    def _learn(self, call: Call, begin_s: float) -> None:
+        """How long the engine took: not while it was still at the call before."""
+        with self._changed:
+            now_s = self._clock()
+            self.paces[call.lane].add(call.tokens, now_s - max(begin_s, self._learnt_s))
+            self._learnt_s = now_s
 
     def drain(self, seconds: float, coming: Callable[[], int] = lambda: 0) -> int:
         """Finish what is queued, and ``coming`` requests that are inside but not yet queued, for at most ``seconds``;
@@ -228,14 +254,15 @@ class Scheduler:
         return len(left)
 
     def close(self) -> None:
-        """End the thread after the call that runs. What is still queued gets a 503."""
+        """End the threads after the calls that run. What is still queued gets a 503."""
         with self._changed:
             self.state = "closed"
             left = [work for queue in self._queues.values() for work in queue.drain()]
             self._changed.notify_all()
         self._refuse(left)
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def _live(self) -> None:
         while not self._closed:
@@ -287,12 +314,3 @@ class Scheduler:
             work.resolve(
                 unavailable("not_served", "the server stopped before it came to this request; send it again", 5)
             )
-
-
-def _deal(parts: Sequence[Part], answers: Answers) -> Iterator[tuple[Part, list[AtomicResult | Exception]]]:
-    """Each part with its own answers."""
-    start = 0
-    for part in parts:
-        size = part.end - part.start
-        yield part, answers[start : start + size]
-        start += size

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
 from ..core import AtomicRequest
+from .backends import Answers
 from .context import Context, Plan, Results
 from .endpoints import Dialect, Endpoint
-from .fairqueue import Answers, Work, make_work
+from .fairqueue import Work, make_work
 from .keys import ANYONE, Caller
 from .refusals import Refused, bad_request, overloaded, refusal_of
 from .scheduler import Lane, Scheduler

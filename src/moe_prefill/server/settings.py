@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeVar
 from ..config import EngineConfig
 from ..errors import UsageError
 
+V1Rerank = Literal["vllm", "sglang"]
 Warmup = Literal["limit", "small", "off"]
+Routing = Literal["ours", "paper", "round-robin", "vllm", "least-tokens", "sglang", "shortest-prefill", "off"]
 T = TypeVar("T")
 _PREFIX = "MOE_PREFILL_"
 
@@ -26,7 +28,8 @@ class ServerConfig:
     ``served_model_name``: the accepted names, the first is told; default: the model's; ``*`` accepts any.
     ``max_queue_tokens`` None: eight sweeps. ``api_keys`` and the tasks are TOML files. ``data_dir`` holds files and
     batches; without it they are not offered. ``tenant_share`` of the queue is what one tenant may fill, where there
-    are several.
+    are several. ``routing``: how several workers get their requests, one of ``frontend.POLICIES``; "off": each whole
+    sweep to whoever is free.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +39,7 @@ class ServerConfig:
     default_max_tokens: int | None = None
     rerank_task: str | None = None
     classify_task: str | None = None
+    v1_rerank: V1Rerank = "vllm"
     api_keys: str | None = None
     data_dir: str | None = None
     max_wait_ms: float = 2.0
@@ -44,6 +48,7 @@ class ServerConfig:
     max_queue_requests: int = 512
     max_queue_tokens: int | None = None
     tenant_share: float = 0.5
+    routing: Routing = "ours"
     max_rows: int = 2048
     max_logprobs: int = 20
     max_label_ids: int = 4096
@@ -83,6 +88,8 @@ class ServerConfig:
             raise UsageError(f"tenant_share is {self.tenant_share}; it is above 0 and at most 1")
         for name, allowed in (
             ("warmup", typing.get_args(Warmup)),
+            ("routing", typing.get_args(Routing)),
+            ("v1_rerank", typing.get_args(V1Rerank)),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
             if getattr(self, name) not in allowed:

@@ -1,0 +1,89 @@
+"""The engine as the scheduler needs it: parts of a call in, each part's answers out. Kinds of engines plug in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Protocol, runtime_checkable
+
+from ..core import AtomicRequest, AtomicResult, ScoringEngine, StartingEngine
+from ..errors import WorkerError
+
+Answers = list[AtomicResult | Exception]
+Parts = Sequence[Sequence[AtomicRequest]]
+
+
+class Backend(Protocol):
+    """``calls_at_once``: how many calls may be inside ``compute`` at a time, each in a thread of its own."""
+
+    @property
+    def calls_at_once(self) -> int: ...
+
+    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
+        """Each part's number and its answers, in any order. Raises WorkerError when the engine is lost."""
+        ...
+
+
+class Lists:
+    """An engine of lists: all parts are answered together."""
+
+    def __init__(self, engine: ScoringEngine, calls_at_once: int) -> None:
+        self._engine = engine
+        self.calls_at_once = calls_at_once
+
+    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
+        answers = self._engine.score([request for part in parts for request in part])
+        assert len(answers) == sum(map(len, parts)), (len(answers), list(map(len, parts)))
+        start = 0
+        for number, part in enumerate(parts):
+            yield number, answers[start : start + len(part)]
+            start += len(part)
+
+
+@runtime_checkable
+class RoutingEngine(Protocol):
+    """An engine that routes requests one by one; ``patient`` ones wait for room in its queue. Callbacks of the futures
+    run in the engine's thread.
+    """
+
+    def submit(self, requests: Sequence[AtomicRequest], *, patient: bool) -> Sequence[Future[AtomicResult]]: ...
+
+
+class Routed:
+    """An engine that routes: a part is answered when its own requests are, whatever the others take."""
+
+    calls_at_once = 2  # the second is routed while the first is computed
+
+    def __init__(self, engine: RoutingEngine) -> None:
+        self._engine = engine
+
+    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
+        finished = SimpleQueue[int]()
+        replies = [self._engine.submit(part, patient=True) for part in parts]
+        for number, mine in enumerate(replies):
+            for reply in mine:
+                reply.add_done_callback(lambda _, number=number: finished.put(number))  # type: ignore[misc]
+        left = [len(mine) for mine in replies]
+        for _ in range(sum(left)):
+            number = finished.get()
+            left[number] -= 1
+            if not left[number]:
+                yield number, [_outcome(reply) for reply in replies[number]]
+
+
+def backend_of(engine: ScoringEngine) -> Backend:
+    """Engines that can begin a list while another one is computed are given two."""
+    if isinstance(engine, RoutingEngine):
+        return Routed(engine)
+    return Lists(engine, 2 if isinstance(engine, StartingEngine) else 1)
+
+
+def _outcome(reply: Future[AtomicResult]) -> AtomicResult | Exception:
+    """Raises WorkerError, which is no request's own."""
+    error = reply.exception()
+    if error is None:
+        return reply.result()
+    if isinstance(error, WorkerError) or not isinstance(error, Exception):
+        raise error
+    return error
