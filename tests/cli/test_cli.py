@@ -196,7 +196,7 @@ def test_dry_run_needs_no_engine_and_no_output(
     assert "row 1" in said
     assert "boundary" in said
     assert "'spam'" in said
-    assert "of the first 4, 1 have errors" in said
+    assert "4 rows; errors among the first 4: 1" in said
     assert "tokens in all" in said
     assert "tokens/s" in said
     assert sorted(table.parent.iterdir()) == before

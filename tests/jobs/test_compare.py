@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 
 import pytest
 
 from moe_prefill.errors import UsageError
-from moe_prefill.jobs import Counts, RankMetrics, SetMetrics, metrics_of
+from moe_prefill.jobs import Counts, LabelMetrics, RankMetrics, SetMetrics, metrics_of
 from moe_prefill.jobs.compare import check_comparable, compared_pair, gold_items
 
 
@@ -36,6 +37,14 @@ def test_sets() -> None:
     assert metrics.micro_f1 == 2 * 3 / (4 + 4)
     assert {c.label: c.f1 for c in metrics.classes} == {"a": 1.0, "b": 2 / 3, "c": 0.0}
     assert metrics.to_json()["exact_match"] == 0.5
+
+
+def test_options_are_named_by_identifiers() -> None:
+    counts = Counts(pairs=Counter([("A", "A"), ("C", "A"), ("the first option", "A"), ("1", "B")]))
+    metrics = metrics_of("choose", counts, string.ascii_uppercase)
+    assert isinstance(metrics, LabelMetrics)
+    assert (metrics.labels, metrics.compared, metrics.accuracy) == (("A", "B", "C"), 2, 0.5)
+    assert metrics.apart.unknown_gold == {"1": 1, "the first option": 1}
 
 
 def test_rankings() -> None:

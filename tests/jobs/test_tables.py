@@ -192,6 +192,7 @@ def test_types_that_do_not_unite_are_named(
         (b"text,n\na,1,2\n", ["row 1", "3 fields"]),
         (b'text\n"open\n', ["not CSV", "quote"]),
         (b'text\n"a"b\n', ["not CSV"]),
+        (b"text,n\ra,1\r", ["not CSV", "carriage return"]),
         (b"text\nok\ncaf\xe9\n", ["not UTF-8", "0xe9", "offset 11", "line 3"]),
         ("text\nx\n".encode("utf-16"), ["UTF-16"]),
     ],
@@ -203,6 +204,14 @@ def test_csv_that_cannot_be_read_is_explained(tmp_path: Path, content: bytes, wo
         open_for(source, Path("out.csv"))
     for word in [str(source), *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}]\n', '{\n"text": "a"\n}\n', "text\na\n"])
+def test_jsonl_without_an_object_is_refused(tmp_path: Path, content: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    with pytest.raises(InputError, match="not one of its lines is a JSON object"):
+        open_for(source, Path("out.jsonl"))
 
 
 def test_huge_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from ..jobs import (
 from ..jobs.answers import error_column
 from ..jobs.spool import spool
 from ..jobs.tables import Format, Table, check_format, choose_format, find_files, format_of, open_table
-from ..tasks import TaskConfig, build_task, config_from_mapping, read_task_file
+from ..tasks import ChooseConfig, ClassifyConfig, TaskConfig, build_task, config_from_mapping, read_task_file
 from ..tasks.taskfile import CONFIGS
 from .fields import given
 from .flags import RunOptions
@@ -221,7 +221,6 @@ def _engine_config(request: Request, output: Output) -> EngineConfig:
 
 
 def _job_config(request: Request) -> JobConfig:
-    labels = getattr(request.task, "labels", None)
     return JobConfig(
         output_format=request.output_format,
         prefix=request.task.output_prefix,
@@ -229,8 +228,17 @@ def _job_config(request: Request) -> JobConfig:
         window_rows=request.run.window_rows,
         label_column=request.run.label_column,
         chat_date=request.task.chat_date,
-        labels=tuple(label.name for label in labels) if labels else None,
+        labels=_answers(request.task),
     )
+
+
+def _answers(task: TaskConfig) -> tuple[str, ...] | None:
+    """The answers that a task can give, where they are the same for all rows; others in a gold column are counted
+    apart.
+    """
+    if isinstance(task, ClassifyConfig):
+        return tuple(label.name for label in task.labels)
+    return task.names if isinstance(task, ChooseConfig) else None
 
 
 def _model_identity(request: Request, tokenizer: Tokenizer) -> dict[str, str]:

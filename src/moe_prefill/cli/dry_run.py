@@ -17,6 +17,7 @@ from ..jobs.tables import Table
 from ..tasks import Preview, Task, build_task
 from .job_time import predict_job
 from .progress import duration
+from .report import rows_text
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -92,7 +93,7 @@ def _show_size(console: Console, table: Table, prepared: Sequence[PreparedRow | 
     good = [row for row in prepared if isinstance(row, PreparedRow)]
     errors = len(prepared) - len(good)
     lengths = [len(request.tokens) for row in good for request in row.requests]
-    console.print(f"\n{table.num_rows:,} rows; of the first {len(prepared):,}, {errors:,} have errors")
+    console.print(f"\n{rows_text(table.num_rows)}; errors among the first {len(prepared):,}: {errors:,}")
     if not lengths:
         return
     total = sum(lengths) * table.num_rows // len(prepared)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .counts import Counts
-from .metrics import Apart, ClassScore, LabelMetrics, label_metrics, ratio
+from .metrics import Apart, ClassScore, LabelMetrics, label_metrics, met_labels, ratio
 from .tables.values import csv_text
 
 _SEPARATORS = re.compile(r"\s*[;,]\s*")
@@ -83,7 +83,12 @@ def metrics_of(task_kind: str, counts: Counts, known: Sequence[str] | None = Non
     """The metrics that suit a task, from what was counted."""
     if task_kind == "select":
         return _set_metrics(counts)
-    return _rank_metrics(counts) if task_kind == "rank" else label_metrics(counts, known)
+    if task_kind == "rank":
+        return _rank_metrics(counts)
+    if task_kind == "choose" and known is not None:  # there are more identifiers than most tables use
+        met = met_labels(counts)
+        known = [name for name in known if name in met]
+    return label_metrics(counts, known)
 
 
 def gold_items(value: object) -> list[str]:

@@ -84,7 +84,7 @@ def label_metrics(counts: Counts, known: Sequence[str] | None = None) -> LabelMe
     ``known`` are the task's labels in order; without them, every gold label and answer met is one. Macro F1 is the mean
     over labels that occur as gold or as answer.
     """
-    labels = tuple(known) if known is not None else _met(counts)
+    labels = tuple(known) if known is not None else met_labels(counts)
     good = Counter[tuple[str, str | None]](
         {(g, a): n for (g, a), n in counts.pairs.items() if g in labels and a is not None}
     )
@@ -113,7 +113,8 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _met(counts: Counts) -> tuple[str, ...]:
+def met_labels(counts: Counts) -> tuple[str, ...]:
+    """Every gold label and answer that was counted, sorted."""
     return tuple(sorted({text for pair in counts.pairs for text in pair if text is not None}))
 
 

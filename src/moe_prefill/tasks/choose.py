@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +18,6 @@ from .template import as_text, need_text, texts_of
 
 _PLAIN = "{%s}\n\n{options}\n\nAnswer:"
 _CHAT = "{%s}\n\n{options}\n\nReply with the letter or digit of the right option only."
-_IDENTIFIERS = {"letters": tuple(string.ascii_uppercase), "digits": tuple("123456789")}
 
 
 class ChooseTask(LabelTask):
@@ -46,7 +44,7 @@ class ChooseTask(LabelTask):
         super().__init__(config, source, tokenizer, limits, vocabulary=vocabulary, list_columns=read)
         self.check_table(columns)
         self._config = config
-        self._identifiers = _IDENTIFIERS[config.identifiers]
+        self._identifiers = config.names
         fixed = len(config.options) or len(config.option_columns)
         if fixed > len(self._identifiers):
             raise TaskError(self._too_many(fixed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,10 @@ Normalize = Literal["candidates", "vocabulary"]
 Boundary = Literal["strict", "split"]
 Truncate = Literal["error", "left", "right", "middle"]
 Identifiers = Literal["letters", "digits"]
+_IDENTIFIERS: dict[Identifiers, tuple[str, ...]] = {
+    "letters": tuple(string.ascii_uppercase),
+    "digits": tuple("123456789"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +82,10 @@ class ClassifyConfig(TaskConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChooseConfig(TaskConfig):
-    """One of the row's options. They are fixed (``options``), one a column (``option_columns``), or a list column."""
+    """One of the row's options. They are fixed (``options``), one a column (``option_columns``), or a list column.
+
+    ``names``: the identifiers that options can have, in order.
+    """
 
     options: tuple[str, ...] = ()
     option_columns: tuple[str, ...] = ()
@@ -96,6 +104,10 @@ class ChooseConfig(TaskConfig):
                 f"{given} of them were given"
             )
         need_texts("option", self.options)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return _IDENTIFIERS[self.identifiers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

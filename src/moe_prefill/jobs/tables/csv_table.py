@@ -54,11 +54,10 @@ class CsvTable(TextTable[list[str]]):
                     raise InputError(self._ragged(lines, row, fields))
                 yield fields if order is None else [fields[i] for i in order]
         except csv.Error as error:
-            raise InputError(
-                f"{lines.path}: row {row + 1:,} (line {lines.line:,}) is not CSV: {error}; a quote is "
-                "probably not closed or "
-                f"not doubled, or the delimiter is not {self.delimiter!r}"
-            ) from error
+            why = f"{error}; a quote is probably not closed or not doubled, or the delimiter is not {self.delimiter!r}"
+            if "new-line character" in str(error):
+                why = "a carriage return stands alone; convert such line ends, for example with `tr '\\r' '\\n'`"
+            raise InputError(f"{lines.path}: row {row + 1:,} (line {lines.line:,}) is not CSV: {why}") from error
 
     def _header(self, file: int, path: Path, names: list[str] | None) -> None:
         if file in self._seen:

@@ -35,7 +35,7 @@ class JsonlTable(TextTable[JsonLine]):
     """JSONL files. A line that is not an object becomes a row with the error ``bad_json`` and its text in ``bad_line``.
 
     Columns are the union of the objects' keys in order of appearance. Blank lines are skipped. Raises InputError for
-    more than 10,000 different keys.
+    more than 10,000 different keys, and where no line is an object.
     """
 
     format: ClassVar[Format] = "jsonl"
@@ -44,9 +44,15 @@ class JsonlTable(TextTable[JsonLine]):
         self, files: Sequence[Path], *, limit: int | None, granule_rows: int, infer_schema: bool = False
     ) -> None:
         self._names: dict[str, None] = {}
+        self._has_object = False
         self._inference = SchemaInference() if infer_schema else None
         super().__init__(files, limit=limit, granule_rows=granule_rows)
         self.columns = tuple(self._names)
+        if not self._has_object:
+            raise InputError(
+                f"{self.files[0]}: not one of its lines is a JSON object; JSON Lines have one object on each line, "
+                "not a list around them or an object over several lines"
+            )
 
     def arrow_schema(self) -> pa.Schema:
         assert self._inference, "opened without infer_schema"
@@ -59,6 +65,7 @@ class JsonlTable(TextTable[JsonLine]):
                 yield parse_line(text)
 
     def _learn(self, record: JsonLine, row: int) -> None:
+        self._has_object = self._has_object or record.error is None
         if not record.value.keys() <= self._names.keys():
             self._names.update(dict.fromkeys(record.value))
             if len(self._names) > MAX_COLUMNS:
