@@ -116,6 +116,13 @@ def test_order_example_of_the_docstring():
     assert order.row_of_slot_TK.tolist() == [[1, 0], [2, 3]]
 
 
+def test_aligned_rows_begin_at_multiples():
+    order = ops.order_by_expert(torch.tensor([[1, 0], [1, 2]], device=DEVICE), 3, alignment=4)
+    assert order.ends_E.tolist() == [4, 8, 12]
+    assert order.token_of_row_R.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert order.row_of_slot_TK.tolist() == [[4, 0], [5, 8]]
+
+
 @given(
     arrays(np.int64, st.tuples(st.integers(1, 40), st.integers(1, 5)), elements=st.integers(0, 8)), st.integers(1, 9)
 )

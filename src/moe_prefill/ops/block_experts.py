@@ -37,22 +37,10 @@ def aligned_rows(ids_TK: torch.Tensor, num_experts: int, num_rows: int | None = 
 
     M depends on shapes only: nothing is read on the host. ``num_rows`` as in ``order_by_expert``.
     """
-    dense = order_by_expert(ids_TK, num_experts, num_rows)
-    counts = torch.diff(dense.ends_E, prepend=dense.ends_E.new_zeros(1))
-    aligned_E = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    ends_E = aligned_E.cumsum(0, dtype=torch.int32)
-    shift_E = (ends_E - aligned_E) - (dense.ends_E - counts)
-    rows = torch.arange(len(dense.token_of_row_R), device=ids_TK.device, dtype=torch.int32)
-    moved = rows + shift_E.index_select(0, torch.searchsorted(dense.ends_E, rows, right=True))
-    total = _aligned_total(len(rows), num_experts)
-    token = dense.token_of_row_R.new_zeros(total)
-    token[moved] = dense.token_of_row_R
-    here = dense.row_of_slot_TK >= 0
-    shift_TK = shift_E[ids_TK.clamp(max=num_experts - 1)]
-    row_of_slot = torch.where(here, dense.row_of_slot_TK + shift_TK, -1).to(dense.row_of_slot_TK.dtype)
-    every = torch.arange(total, device=ids_TK.device, dtype=torch.int32)
-    expert = torch.searchsorted(ends_E, every, right=True, out_int32=True)
-    return AlignedRows(ExpertOrder(ends_E, token, row_of_slot), expert.masked_fill_(expert >= num_experts, -1))
+    order = order_by_expert(ids_TK, num_experts, num_rows, ALIGNMENT)
+    rows = torch.arange(len(order.token_of_row_R), device=ids_TK.device, dtype=torch.int32)
+    expert = torch.searchsorted(order.ends_E, rows, right=True, out_int32=True)
+    return AlignedRows(order, expert.masked_fill_(expert >= num_experts, -1))
 
 
 def block_experts_rows(
@@ -144,12 +132,6 @@ def _has_deep_gemm() -> bool:
     except (ImportError, OSError, RuntimeError, AssertionError):
         return False
     return hasattr(deep_gemm, "m_grouped_fp8_gemm_nt_contiguous")
-
-
-def _aligned_total(rows: int, num_experts: int) -> int:
-    """The most rows that groups of ``rows`` rows together can take when each is aligned."""
-    groups = min(rows, num_experts)
-    return (rows + groups * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
 
 
 def _after(first: torch.Tensor, which: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _scan_kernel(counts_ptr, totals_ptr, num_blocks, BLOCK: tl.constexpr):
+def _scan_kernel(counts_ptr, totals_ptr, num_blocks, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     total = expert * 0  # a tensor, not a constant: it changes in the loop
     first = total
@@ -41,7 +41,7 @@ def _scan_kernel(counts_ptr, totals_ptr, num_blocks, BLOCK: tl.constexpr):
         tl.store(target, total + tl.cumsum(counts, axis=0) - counts, mask=block < num_blocks)
         total += tl.sum(counts, axis=0)
         first += BLOCK
-    tl.store(totals_ptr + expert, total)
+    tl.store(totals_ptr + expert, tl.cdiv(total, ALIGNMENT) * ALIGNMENT)
 
 
 @triton.jit
@@ -77,22 +77,26 @@ def _place_kernel(
 
 
 def order_by_expert_kernel(
-    ids_TK: torch.Tensor, num_experts: int, num_rows: int
+    ids_TK: torch.Tensor, num_experts: int, num_rows: int, alignment: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ends [E], token of each row [R] and row of each slot [T, K], all int32; see ``ref_order_by_expert``."""
+    """Ends [E], token of each row [R] and row of each slot [T, K], all int32; see ``ref_order_by_expert``. ``num_rows``
+    is R, alignment rows included.
+    """
     ids = ids_TK.contiguous()
     num_slots = ids.numel()
     num_blocks = max(1, triton.cdiv(num_slots, _SLOTS))
     counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=ids.device)
     totals = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
-    token_of_row = torch.empty(num_rows, dtype=torch.int32, device=ids.device)
+    make = torch.empty if alignment == 1 else torch.zeros
+    token_of_row = make(num_rows, dtype=torch.int32, device=ids.device)
     row_of_slot = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     size = {"SLOTS": _SLOTS, "STEP": _STEP}
     e_block = triton.next_power_of_2(num_experts)
     _count_kernel[(num_blocks,)](
         ids, counts, num_slots, num_experts, num_blocks, **size, E_BLOCK=e_block, num_warps=4 if e_block <= 128 else 8
     )
-    _scan_kernel[(num_experts,)](counts, totals, num_blocks, BLOCK=min(_SCANNED, triton.next_power_of_2(num_blocks)))
+    scanned = min(_SCANNED, triton.next_power_of_2(num_blocks))
+    _scan_kernel[(num_experts,)](counts, totals, num_blocks, ALIGNMENT=alignment, BLOCK=scanned)
     ends = totals.cumsum(0, dtype=torch.int32)
     _place_kernel[(num_blocks,)](
         ids,
