@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_prefill.calibrate import Grid, calibrate
+from moe_prefill.calibrate import Grid, calibrate, kernels
 from moe_prefill.calibrate.operations import LayerBench, layer_batch, one_layer
 from moe_prefill.cli import main
 from moe_prefill.costmodel import layer_seconds, predict_sweep
 from moe_prefill.engine.load import open_model
 from moe_prefill.errors import UsageError
 from moe_prefill.machine import load_profile
+from moe_prefill.ops import flash
 from moe_prefill.residency import bank_bytes
 from tests.costmodel.models import model_spec
 
@@ -72,6 +73,7 @@ def test_the_command_writes_a_profile_and_prints_rates_and_t(tmp_path, monkeypat
     said = capsys.readouterr().out
     for expected in ("product float32", "expert product", "attention", "elementwise", "host", "t_paper", str(path)):
         assert expected in said
+    assert "attention  plain torch: chosen; flash kernels need a GPU" in said
     assert "nothing streams" in said
     assert "offloaded, 2 buffers" in said
     assert load_profile(path, gpu="cpu").model == str(DEMO)
@@ -89,6 +91,23 @@ def test_the_command_writes_a_profile_and_prints_rates_and_t(tmp_path, monkeypat
 def test_what_the_command_refuses(options, message, capsys):
     assert main(["calibrate", *options]) > 0
     assert message in capsys.readouterr().err
+
+
+def test_the_choice_of_an_attention_kernel_is_explained(monkeypatch):
+    def kernel(name, refusal):
+        return flash.FlashKernel(name, None, lambda device, windowed: refusal(windowed))
+
+    fast = kernel("fast", lambda windowed: "its build has no sliding windows" if windowed else None)
+    monkeypatch.setattr(flash, "KERNELS", (fast, kernel("slow", lambda windowed: None)))
+    monkeypatch.setattr(kernels, "is_legal", lambda q: True)
+    monkeypatch.setattr(flash, "chosen", flash.chosen.__wrapped__)  # its cache would outlive these kernels
+    spec = model_spec(((True, None), (True, 128)))
+    assert kernels.attention_kernels(spec, torch.device("cpu"), torch.bfloat16) == [
+        "fast: chosen",
+        "slow: possible",
+        "fast: its build has no sliding windows (sliding windows)",
+        "slow: chosen (sliding windows)",
+    ]
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from ..costmodel import Level, Saturation, saturation
 from ..machine import Curve, MachineProfile, datasheet, save_profile
 
 _BUFFERS = (2, 3)
+_FILE_COLUMNS = 120
 
 
 def calibrate(
@@ -34,6 +35,7 @@ def calibrate(
     """Measure this machine's rates at a model's shapes (no weights are loaded) and find the saturation threshold T."""
     import torch
 
+    from ..calibrate import attention_kernels
     from ..calibrate import calibrate as measure
     from ..config import EngineConfig
     from ..engine.build import pick_device, pick_dtype
@@ -44,12 +46,13 @@ def calibrate(
     if target.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     spec, _ = open_model(model, "dummy", layers)
-    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    computed = pick_dtype(dtype, spec, target)
+    console, notes = Console(highlight=False, width=_width()), Console(stderr=True, highlight=False)
     with notes.status("calibrating") as status:
         profile = measure(
             spec,
             target,
-            pick_dtype(dtype, spec, target),
+            computed,
             model=model,
             command=shlex.join(["moe-prefill", *sys.argv[1:]]),
             float8=quantization == "fp8",
@@ -59,9 +62,16 @@ def calibrate(
         save_profile(profile, output)
     ranks = _ranks(profile)
     console.print(_rates(profile))
+    for line in attention_kernels(spec, target, computed):
+        console.print(f"attention  {line}", markup=False, soft_wrap=True)
     console.print(_thresholds(spec, profile, ranks, tokens))
     if output is not None:
         console.print(f"profile -> {output}", markup=False, soft_wrap=True)
+
+
+def _width() -> int | None:
+    """Of a terminal its own; a file or a pipe gets whole lines."""
+    return None if sys.stdout.isatty() else _FILE_COLUMNS
 
 
 def _ranks(profile: MachineProfile) -> int:
@@ -78,7 +88,7 @@ def _rates(profile: MachineProfile) -> Table:
     kind = "datasheet" if datasheet(profile.gpu) else "best product"
     table = Table(title=f"{profile.gpu}, {profile.model}, torch {profile.torch}; ceiling: {kind}")
     for name in ("operation", "size", "rate", "ceiling", "share"):
-        table.add_column(name, justify="left" if name in ("operation", "size") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("operation", "size") else "right", overflow="fold")
     for row in _rows(profile):
         table.add_row(*row)
     return table
