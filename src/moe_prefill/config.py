@@ -26,7 +26,8 @@ class EngineConfig:
     ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``transport`` how GPUs get each other's
     parts of sharded banks; ``chunk_rows`` how many rows go through a layer at a time; ``profile`` is a file of rates
     that ``moe-prefill calibrate`` measured here, by which the plan chooses. ``trace``: a file for a Chrome trace of
-    copies and compute. ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
+    copies and compute. ``check_finite``: refuse weights that are not finite, and find what first gives NaN or infinity.
+    ``strategy``: how several GPUs share a model; all but ``asyncep`` are there for comparison.
     ``kv_gib``: memory of each device in which K and V of prefixes outlive their sweep; 0: none; None: none, or with
     ``keep_prefixes`` (requests keep coming) what the memory plan has for it.
     """
@@ -53,6 +54,7 @@ class EngineConfig:
     chunk_rows: int | None = None
     profile: str | None = None
     trace: str | None = None
+    check_finite: bool = False
     kv_gib: float | None = None
     keep_prefixes: bool = False
     strategy: Strategy = "asyncep"
@@ -85,5 +87,7 @@ class EngineConfig:
                 raise UsageError(f"{name} is {value}; it must be positive" + " and finite" * (value > 0))
         if self.kv_gib is not None and not 0 <= self.kv_gib < math.inf:
             raise UsageError(f"kv_gib is {self.kv_gib}; it must be 0 (keep no prefixes) or more, and finite")
+        if self.check_finite and self.strategy != "asyncep":
+            raise UsageError(f"check_finite looks into asyncep only, not {self.strategy}; leave one of the two out")
         if self.kv_gib and self.strategy != "asyncep":
             raise UsageError(f"kv_gib is {self.kv_gib:g}; strategy {self.strategy} keeps no prefixes, give 0")

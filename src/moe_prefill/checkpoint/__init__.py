@@ -6,7 +6,7 @@ from .loader import audit, load_slots
 from .reader import same_values
 from .resolve import pinned_revision, read_config, resolve_directory
 from .scales import with_scales
-from .slots import Allocate, Keep
+from .slots import Allocate, Keep, kept_ranges
 
 __all__ = [
     "Allocate",
@@ -15,6 +15,7 @@ __all__ = [
     "TensorEntry",
     "audit",
     "dummy_slots",
+    "kept_ranges",
     "load_slots",
     "open_checkpoint",
     "pinned_revision",

@@ -64,6 +64,11 @@ ENGINE_FLAGS = {
         panel=_ENGINE,
     ),
     "trace": Flag(help="Write copies and compute of every sweep as a Chrome trace.", panel=_ENGINE, metavar="FILE"),
+    "check_finite": Flag(
+        help="Refuse weights that are not finite, and say which part of which layer first gives NaN or infinity.",
+        names=("--check-finite",),
+        panel=_ENGINE,
+    ),
     "threads": Flag(help="CPU threads of each process.", panel=_ENGINE),
     "residency": Flag(
         help="Where expert banks live: auto, one level (resident, sharded, offloaded, hybrid), counts "

@@ -72,6 +72,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         allocate=banks.allocate,
         keep=banks.keep,
         float8=form is not None,
+        check_finite=config.check_finite,
     )
     return LocalEngine(
         spec,
@@ -89,6 +90,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         threads=threads,
         kv_blocks=plan.kv_blocks,
         worker=ranks.rank,
+        check_finite=config.check_finite,
     )
 
 

@@ -74,24 +74,19 @@ class PoolCopies:
 
 
 class PoolTensors:
-    """K and V [L, N, G, d] each, in the dtype of activations."""
+    """K and V [L, N, 2, G, d] in the dtype of activations."""
 
     def __init__(self, spec: ModelSpec, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (spec.num_layers, num_blocks * BLOCK_TOKENS, spec.num_kv_heads, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        shape = (spec.num_layers, num_blocks * BLOCK_TOKENS, 2, spec.num_kv_heads, spec.head_dim)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
 
-    def read(self, layer: int, copies: PoolCopies, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put the rows of hits into a layer's K and V."""
+    def exchange(self, layer: int, copies: PoolCopies, kv_T2Gd: torch.Tensor) -> None:
+        """Put the rows of hits into a layer's K and V, and keep those of new blocks."""
+        mine = self.kv[layer]
         for copy in copies.reads:
-            k.index_copy_(0, copy.rows, self.keys[layer].index_select(0, copy.pool))
-            v.index_copy_(0, copy.rows, self.values[layer].index_select(0, copy.pool))
-
-    def write(self, layer: int, copies: PoolCopies, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep the rows of new blocks."""
+            kv_T2Gd.index_copy_(0, copy.rows, mine.index_select(0, copy.pool))
         for copy in copies.writes:
-            self.keys[layer].index_copy_(0, copy.pool, k.index_select(0, copy.rows))
-            self.values[layer].index_copy_(0, copy.pool, v.index_select(0, copy.rows))
+            mine.index_copy_(0, copy.pool, kv_T2Gd.index_select(0, copy.rows))
 
 
 class PrefixPool:

@@ -13,6 +13,7 @@ from ..checkpoint import (
     Checkpoint,
     Keep,
     dummy_slots,
+    kept_ranges,
     load_slots,
     open_checkpoint,
     read_config,
@@ -27,6 +28,7 @@ from ..models.common.names import ignorer, required
 from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
 from ..ops import FLOAT8, Matrix
 from ..shapes import bank_shapes, float8_slots, slot_shapes
+from .finite import check_weights
 from .quantized import QuantizedRows
 
 LoadFormat = Literal["safetensors", "dummy"]
@@ -47,6 +49,7 @@ def load_weights(
     allocate: Allocate | None = None,
     keep: Keep | None = None,
     float8: bool = False,
+    check_finite: bool = False,
 ) -> Loaded:
     """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
 
@@ -54,6 +57,7 @@ def load_weights(
     go to ``device``, in ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up``
     and ``.down``): ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none.
     ``float8``: linear maps beside the experts are kept in float8 with a scale a row, quantised while loading.
+    ``check_finite``: ModelError for NaN or infinity among the weights.
     ``seed``, ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device``
     wherever they end up.
     """
@@ -66,6 +70,8 @@ def load_weights(
     else:
         place = family(spec.family).placer(spec, checkpoint.entries)
         slots = load_slots(checkpoint, shapes, place, required(spec), allocate, ignore=ignorer(spec), keep=keep)
+    if check_finite:
+        check_weights(spec, slots, kept_ranges(shapes, keep))
     banks = [_bank(slots, layer) for layer in range(spec.num_layers)]
     return spec, weights_from_slots(spec, {name: filled(slot) for name, slot in slots.items()}), banks
 

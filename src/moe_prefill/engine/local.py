@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,11 +27,13 @@ from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, ModelWeights
 from ..residency import ResidencyPlan
 from .cores import cores_of
+from .finite import Note, WatchedDecoder, first_fault
 from .kv import PrefixPool, SweepBlocks
 from .plan import ReadPlan, SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
 
+_log = logging.getLogger(__name__)
 Answer = AtomicResult | Exception
 _SWEEPS_KEPT = 256  # of what transfers cost, for whoever asks
 
@@ -41,6 +44,7 @@ class _Launched:
     plan: SweepPlan
     output: SweepOutput
     started: float
+    notes: Sequence[Note] = ()  # of parts that gave NaN or infinity, if anybody looks
 
 
 class _Empty:
@@ -53,7 +57,8 @@ class LocalEngine:
     ``rounds``: the banks come in rounds with those of other ranks, so every rank must be given the same number of
     sweeps, empty ones among them. ``on_layer`` is called after a layer's work is enqueued; it must not wait for it.
     ``threads``: cores of a CPU to use. ``residency``: where the banks live, for reports. ``transfers``: what streaming
-    cost each of the last sweeps; ``trace`` is told of every one.
+    cost each of the last sweeps; ``trace`` is told of every one. ``check_finite``: what first gives NaN or infinity in
+    a sweep is logged.
     ``kv_blocks``: size of the pool in which prefixes outlive their sweep; 0: there is none. ``worker`` names it in its
     events.
     """
@@ -76,13 +81,14 @@ class LocalEngine:
         threads: int = 1,
         kv_blocks: int = 0,
         worker: int = 0,
+        check_finite: bool = False,
     ) -> None:
         self.spec = spec
         self.memory = memory
         self._weights = weights
         self._banks = banks
         self._device = device
-        self._decoder = Decoder(spec)
+        self._decoder = WatchedDecoder(spec, weights) if check_finite else Decoder(spec)
         self._rule = sharing_rule(spec, sharing)
         self._sharing = sharing
         self._prune_last = prune_last
@@ -249,7 +255,9 @@ class LocalEngine:
 
     def _enqueue(self, requests: Sequence[AtomicRequest], plan: SweepPlan) -> _Launched:
         started = time.perf_counter()
-        return _Launched(requests, plan, self._run(plan), started)
+        output = self._run(plan)
+        notes = self._decoder.take_notes() if isinstance(self._decoder, WatchedDecoder) else ()
+        return _Launched(requests, plan, output, started, notes)
 
     def _run(self, plan: SweepPlan) -> SweepOutput:
         tensors = None if self._pool is None else self._pool.tensors
@@ -264,6 +272,9 @@ class LocalEngine:
             return []
         results = self._results(sweep.requests, sweep.plan, sweep.output)
         self._count(sweep, time.perf_counter())
+        fault = first_fault(sweep.notes)
+        if fault is not None:
+            _log.error("NaN or infinity in a sweep of %d requests, first in %s", len(sweep.requests), fault)
         return results
 
     def _results(self, requests: Sequence[AtomicRequest], plan: SweepPlan, output: SweepOutput) -> list[AtomicResult]:

@@ -13,12 +13,16 @@ import torch
 from .. import ops
 
 
-class _Quantized(ABC):
+class Quantized(ABC):
     """``values`` float8 of the shape of the tensor, ``scales`` float32; ``device``: where rows are quantised."""
 
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, device: torch.device | None = None) -> None:
         self._values, self._scales = values, scales
         self._device = device or values.device
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._values
 
     @property
     def shape(self) -> torch.Size:
@@ -42,11 +46,15 @@ class _Quantized(ABC):
         return len(self._values)
 
     @abstractmethod
+    def rows_without_scale(self) -> torch.Tensor:
+        """How many scales of each row are not finite, int64 [rows]."""
+
+    @abstractmethod
     def copy_(self, rows: torch.Tensor) -> None:
         """Quantise and store rows of this shape."""
 
 
-class QuantizedRows(_Quantized):
+class QuantizedRows(Quantized):
     """A scale a row: ``values`` [..., N, C] and ``scales`` [..., N]."""
 
     def __getitem__(self, index: int | slice) -> QuantizedRows:
@@ -58,12 +66,15 @@ class QuantizedRows(_Quantized):
         self._values.copy_(values.view(rows.shape))
         self._scales.copy_(scales.view(rows.shape[:-1]))
 
+    def rows_without_scale(self) -> torch.Tensor:
+        return (~torch.isfinite(self._scales)).long()
+
     def matrix(self) -> ops.Float8Rows:
         """What has been stored, for the products."""
         return ops.Float8Rows(self._values, self._scales)
 
 
-class QuantizedBlocks(_Quantized):
+class QuantizedBlocks(Quantized):
     """A scale a block of 128 x 128: ``values`` [..., N, C] and ``scales`` [..., N / 128, C / 128]. Takes whole blocks,
     also such as are stored with their scales.
     """
@@ -78,6 +89,10 @@ class QuantizedBlocks(_Quantized):
 
     def copy_(self, rows: torch.Tensor) -> None:
         self.copy_blocks(*ops.quantize_blocks(rows.to(self._device)))
+
+    def rows_without_scale(self) -> torch.Tensor:
+        wrong = (~torch.isfinite(self._scales)).sum(-1)
+        return wrong.repeat_interleave(ops.BLOCK)[: len(self._values)]
 
     def copy_blocks(self, values: torch.Tensor, scale: torch.Tensor) -> None:
         self._values.copy_(values)

@@ -90,11 +90,11 @@ def run_layer(
     """The residual after layer ``index``: ``x_TD`` itself, overwritten, or in the last layer only the rows it
     carries.
     """
-    k, v = keys_values(plan, decoder, layer, x_TD, rope, cores)
+    kv = keys_values(plan, decoder, layer, x_TD, rope, cores)
     if plan.pool is not None:
         assert pool is not None
-        pool.read(index, plan.pool, k, v)
-        pool.write(index, plan.pool, k, v)
+        pool.exchange(index, plan.pool, kv)
+    k, v = kv.unbind(1)
     last = index == decoder.spec.num_layers - 1
     chunks = plan.last_chunks if last else plan.chunks_by_window[decoder.spec.layers[index].window]
     out = x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD
@@ -116,8 +116,8 @@ def keys_values(
     x_TD: torch.Tensor,
     rope: Rope,
     cores: Cores = ONE_BY_ONE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of every row, [N, G, d] each, rows of the pool still unset: the only per-token memory of a layer beside
+) -> torch.Tensor:
+    """K and V of every row, [N, 2, G, d], rows of the pool still unset: the only per-token memory of a layer beside
     the residual.
     """
     total = plan.forest.num_tokens
@@ -131,7 +131,7 @@ def keys_values(
             kv[keys] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
 
     cores.each(compute, plan.row_blocks)
-    return kv[:, 0], kv[:, 1]
+    return kv
 
 
 def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: DeviceChunk) -> torch.Tensor:

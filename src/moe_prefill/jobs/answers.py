@@ -110,7 +110,8 @@ class Answers:
             if not _is_finite(value):
                 raise RowError(
                     "not_finite",
-                    f"the model gave a value for {name!r} that is not a finite number; try --dtype float32",
+                    f"the model gave a value for {name!r} that is not a finite number; try --dtype float32, or "
+                    "--check-finite to find the cause",
                 )
 
     def _compare(self, gold: object, row: Row) -> None:
