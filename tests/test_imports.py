@@ -32,6 +32,7 @@ ALLOWED = {
         "costmodel",
         "forest",
         "forming",
+        "memory",
         "residency",
         "blocks",
         "frontend",

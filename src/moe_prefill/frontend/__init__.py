@@ -4,7 +4,7 @@ from .costs import Cost, RequestCosts
 from .former import FormedSweep, SweepBounds, WaitingRoom
 from .frontend import Admission, Frontend
 from .load import Load
-from .machine import Machine, full_sweep_flops, limits_of
+from .machine import Machine, full_sweep_flops
 from .policies import POLICIES, Extensions, Limits, Ours, Policy, make_policy
 from .queues import Fifo, LookAhead, Queue, ShortestFirst
 from .tables import PrefixTable
@@ -36,7 +36,6 @@ __all__ = [
     "WaitingRoom",
     "Worker",
     "full_sweep_flops",
-    "limits_of",
     "make_policy",
     "make_ticket",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..core import ModelSpec
 from ..costmodel import Batch, Level, Peer, batch_flops, saturation
@@ -49,6 +48,12 @@ class Machine:
         costs = RequestCosts(self.spec, self.profile, precision=self.precision, sweep_tokens=self.sweep_tokens)
         object.__setattr__(self, "costs", costs)
 
+    @classmethod
+    def planned(cls, **fields: Any) -> Machine:
+        """With the limits that follow from the other fields."""
+        machine = cls(limits=Limits(saturated=0, full=0), **fields)
+        return replace(machine, limits=limits_of(machine))
+
     @property
     def bounds(self) -> SweepBounds:
         return SweepBounds(
@@ -65,32 +70,21 @@ class Machine:
         return Admission(max_request_tokens=longest, max_queued=self.max_queued)
 
 
-def limits_of(
-    spec: ModelSpec,
-    profile: MachineProfile,
-    *,
-    precision: str,
-    levels: Sequence[str | None],
-    bank_bytes: int,
-    depth: int,
-    ranks: int,
-    peer: Peer,
-    sweep_tokens: int,
-) -> Limits:
+def limits_of(machine: Machine) -> Limits:
     """T, at least ``t_paper`` and at most a sweep that fills memory, also where no sweep hides its banks; and what a
     worker may have.
     """
-    full = full_sweep_flops(spec, sweep_tokens)
+    full = full_sweep_flops(machine.spec, machine.sweep_tokens)
     try:
         found = saturation(
-            spec,
-            profile,
-            precision=precision,
-            levels=cast("Sequence[Level | None]", levels),
-            bank_bytes=bank_bytes,
-            depth=depth,
-            ranks=ranks,
-            transfer=peer,
+            machine.spec,
+            machine.profile,
+            precision=machine.precision,
+            levels=machine.levels,
+            bank_bytes=machine.bank_bytes,
+            depth=machine.depth,
+            ranks=machine.ranks,
+            transfer=machine.peer,
         )
         saturated = min(full, max(found.flops, found.t_paper))
     except PlanError:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..blocks import BLOCK_TOKENS
+from ..config import Sharing
 from ..core import ModelSpec
 from ..costmodel import Peer
 from ..forming import sharing_rule
-from ..frontend import Machine, limits_of
+from ..frontend import Machine
 from ..machine import MachineProfile
+from ..memory import GIB, kv_block_bytes
 from ..residency import Budget, Pins, ResidencyPlan, plan_residency
+from ..residency.record import DTYPE_BYTES
 from ..residency.speed import PRECISIONS
-
-GIB = 1 << 30
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def plan_machine(
@@ -31,10 +28,10 @@ def plan_machine(
 ) -> Machine:
     """The machine that the memory plan makes of ``ranks`` devices of one host. PlanError: it does not fit."""
     budget = Budget(
-        device_bytes=int((device_gib - kv_gib) * GIB), host_bytes=int(host_gib * GIB / ranks), ranks=ranks, kind="cuda"
+        device_bytes=int(device_gib * GIB), host_bytes=int(host_gib * GIB / ranks), ranks=ranks, kind="cuda"
     )
-    plan = plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype, pins=Pins(max_sweep_tokens=sweep_tokens))
-    return planned_machine(spec, profile, plan, kv_gib=kv_gib)
+    pins = Pins(max_sweep_tokens=sweep_tokens, kv_blocks=int(kv_gib * GIB) // kv_block_bytes(spec, DTYPE_BYTES[dtype]))
+    return planned_machine(spec, profile, plan_residency(spec, budget, dtype=dtype, bank_dtype=bank_dtype, pins=pins))
 
 
 def planned_machine(
@@ -42,34 +39,25 @@ def planned_machine(
     profile: MachineProfile,
     plan: ResidencyPlan,
     *,
-    kv_gib: float,
     peer: Peer = "copy-engine",
+    sharing: Sharing = "auto",
     max_sweep_s: float | None = None,
     max_wait_s: float = 0.0,
 ) -> Machine:
     """The machine of a residency plan."""
-    common: dict[str, Any] = {
-        "precision": PRECISIONS[plan.bank_dtype],
-        "levels": plan.levels,
-        "bank_bytes": plan.bank_bytes,
-        "depth": max(1, plan.bank_buffers),
-        "ranks": plan.ranks,
-        "peer": peer,
-        "sweep_tokens": plan.sweep.max_sweep_tokens,
-    }
-    return Machine(
+    return Machine.planned(
         spec=spec,
         profile=profile,
-        kv_blocks=int(kv_gib * GIB) // block_bytes(spec, plan.dtype),
-        limits=limits_of(spec, profile, **common),
-        rule=sharing_rule(spec, "auto"),
+        precision=PRECISIONS[plan.bank_dtype],
+        levels=plan.levels,
+        bank_bytes=plan.bank_bytes,
+        depth=max(1, plan.bank_buffers),
+        ranks=plan.ranks,
+        peer=peer,
+        sweep_tokens=plan.sweep.max_sweep_tokens,
         max_request_tokens=min(spec.max_positions, plan.longest_request),
+        kv_blocks=plan.kv_blocks,
+        rule=sharing_rule(spec, sharing),
         max_sweep_s=max_sweep_s,
         max_wait_s=max_wait_s,
-        **common,
     )
-
-
-def block_bytes(spec: ModelSpec, dtype: str) -> int:
-    """K and V of 16 tokens over all layers."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * _ELEMENT_BYTES[dtype] * BLOCK_TOKENS

@@ -14,9 +14,8 @@ from typing import cast
 from ..blocks import BlockHasher
 from ..config import EngineConfig
 from ..core import AtomicRequest, AtomicResult
-from ..costmodel import Level
 from ..errors import Overloaded, RowError, UsageError, WorkerError
-from ..frontend import POLICIES, Machine, Ticket, limits_of, make_policy, make_ticket
+from ..frontend import POLICIES, Machine, Ticket, make_policy, make_ticket
 from ..machine import estimated_profile, load_profile
 from ..messages import Audit, EnginePlan, Message, PoolState, Score, Scored
 from ..residency.speed import with_chunks
@@ -256,31 +255,18 @@ def _machine(plan: EnginePlan, config: EngineConfig, routing: Routing, ranks: in
         raise UsageError(f"--strategy {config.strategy} computes every sweep on all GPUs: there is nothing to route")
     known = load_profile(config.profile, gpu=facts.device) if config.profile else estimated_profile(facts.device)
     profile = known if plan.limits.chunk_rows is None else with_chunks(known, plan.limits.chunk_rows)
-    sweep_tokens, levels = plan.limits.max_sweep_tokens, cast("tuple[Level | None, ...]", facts.levels)
-    limits = limits_of(
-        facts.spec,
-        profile,
-        precision=facts.precision,
-        levels=levels,
-        bank_bytes=facts.bank_bytes,
-        depth=max(1, facts.bank_buffers),
-        ranks=ranks,
-        peer=config.transport,
-        sweep_tokens=sweep_tokens,
-    )
-    return Machine(
+    return Machine.planned(
         spec=facts.spec,
         profile=profile,
         precision=facts.precision,
-        levels=levels,
+        levels=facts.levels,
         bank_bytes=facts.bank_bytes,
         depth=max(1, facts.bank_buffers),
         ranks=ranks,
         peer=config.transport,
-        sweep_tokens=sweep_tokens,
+        sweep_tokens=plan.limits.max_sweep_tokens,
         max_request_tokens=plan.limits.max_request_tokens,
         kv_blocks=facts.kv_blocks,
-        limits=limits,
         rule=plan.forming.rule,
         max_sweep_s=routing.max_sweep_s,
         max_wait_s=routing.max_wait_s,
