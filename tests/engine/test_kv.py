@@ -1,6 +1,7 @@
 """Prefixes that outlive their sweep: answers are those of an engine without a pool, whatever came before."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -272,3 +273,16 @@ def test_a_second_question_about_a_text_hits_from_python(dtype):
     with Engine(DEMO, device="cpu", dtype=dtype, threads=1) as engine:
         (want,) = engine.classify([{"text": mail, "kind": "ham, or is it spam"}], **options)
     assert other[0].probabilities["spam"] == pytest.approx(want.probabilities["spam"], rel=tolerance)
+
+
+def test_under_dynamic_rope_requests_beyond_the_original_context_neither_hit_nor_leave_anything(converted):
+    rope = replace(converted.spec.rope, kind="dynamic", factor=2.0, original_max_positions=64)
+    model = replace(converted, spec=replace(converted.spec, rope=rope))
+    engine, plain = engine_of(model, kv_blocks=40), engine_of(model)
+    document = random_tokens(100, 12)
+    for length, hit, held in ((90, 0, 0), (60, 0, 3), (95, 0, 3), (64, 48, 4), (50, 48, 4)):
+        before = engine.stats.pooled_tokens
+        request = question(document[: length - 1], 1)
+        assert_same(engine.score([request]), plain.score([request]), length)
+        assert engine.stats.pooled_tokens - before == hit, length
+        assert len(engine.snapshot().changes[0].digests) == held, length

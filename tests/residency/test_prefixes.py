@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
+from moe_prefill.cli.plan import PlanOptions, show_plan
 from moe_prefill.config import EngineConfig
 from moe_prefill.engine import build_engine
 from moe_prefill.errors import PlanError, UsageError
@@ -80,3 +82,11 @@ def test_the_engine_has_the_planned_pool_and_its_size_can_be_given_again():
     assert again.limits == limits
     for each in (engine, again):
         each.close()
+
+
+def test_the_plan_command_counts_it(capsys):
+    config = EngineConfig(model="Qwen3-30B-A3B", memory_gib=79, gpus=1, kv_gib=6)
+    show_plan(PlanOptions(config=config, gpu="H200", tokens_per_request=1024, json=True))
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kv_blocks"] == 6 * GIB // kv_block_bytes(SMALL, 2)
+    assert shown["device_bytes"]["prefix keys and values"] == 6 * GIB
