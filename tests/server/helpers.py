@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -102,6 +105,23 @@ def _logits(places: np.ndarray, tokens: np.ndarray, ids: np.ndarray) -> np.ndarr
 def request(num_tokens: int, seed: int = 0, salt: str = "") -> AtomicRequest:
     tokens = np.random.default_rng((seed, num_tokens)).integers(0, VOCAB, num_tokens)
     return AtomicRequest.candidates(tokens, [1, 2], salt=salt)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server as a process of its own, which writes its log into ``directory``; its base URL."""
+    log = directory / f"log{len(list(directory.iterdir()))}"
+    with log.open("w") as file:
+        process = subprocess.Popen(list(command), stderr=file)
+    try:
+        while "running on http" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        told = next(line for line in log.read_text().splitlines() if "running on http" in line)
+        yield process, json.loads(told)["message"].split()[2]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager

@@ -1,32 +1,26 @@
 """Batch files: run-batch and the server's files and batches, killed and gone on with."""
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
-import httpx
 import openai
 import pytest
 
 from moe_prefill.errors import InputError, OutputError, UsageError
 from moe_prefill.server import batchrunner, runbatch
-from moe_prefill.server.app import HttpLimits, make_app
-from moe_prefill.server.batchroutes import add_batch_routes
-from moe_prefill.server.batchrunner import BatchRunner
 from moe_prefill.server.endpoints import BY_PATH
 from moe_prefill.server.keys import Keys, new_key
-from moe_prefill.server.metrics import Metrics
 from moe_prefill.server.runbatch import check_paths, run_batch
 from moe_prefill.server.store import Store
 
+from .batches import ended, line, sdk, served, start
 from .conftest import MODEL
-from .helpers import FakeEngine
+from .helpers import FakeEngine, running
 
 BODIES = {
     path: dict(endpoint.forms[-1].example)
@@ -34,11 +28,6 @@ BODIES = {
     if path not in ("/predict", "/classify")
 }
 BODIES["/classify"] = {"input": ["a"], "labels": ["spam", "ham"]}
-
-
-def line(custom_id, body=None, url="/v1/completions"):
-    body = {"prompt": f"Number {custom_id}", "max_tokens": 1, "logprobs": 1} if body is None else body
-    return json.dumps({"custom_id": str(custom_id), "method": "POST", "url": url, "body": body})
 
 
 def steady(text):
@@ -161,44 +150,6 @@ def test_the_command_reads_files_and_settings(tmp_path, tokenizer, monkeypatch, 
     assert json.loads(capsys.readouterr().out)["completed"] == 1
     assert made[0].dtype == "float32"
     assert main(command) == OutputError.exit_code, "the output exists"
-
-
-@contextlib.asynccontextmanager
-async def served(directory, service, keys=None, max_bytes=1 << 20):
-    """A client of a server with batches, all in this loop."""
-    store = Store(directory)
-    app = make_app(service, Metrics(service.scheduler), keys, HttpLimits())
-    runner = BatchRunner(store, service, keys.salts if keys is not None else {})
-    add_batch_routes(app, runner, max_bytes)
-    if service.scheduler.state == "starting":
-        service.scheduler.start()
-    task = asyncio.ensure_future(runner.run())
-    transport = httpx.ASGITransport(app)
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            yield client
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        store.close()
-
-
-def sdk(http, key="none"):
-    return openai.AsyncOpenAI(base_url="http://server/v1", api_key=key, http_client=http, max_retries=0)
-
-
-async def ended(client, batch_id):
-    for _ in range(2000):
-        batch = await client.batches.retrieve(batch_id)
-        if batch.status not in ("validating", "in_progress", "finalizing", "cancelling"):
-            return batch
-        await asyncio.sleep(0.005)
-    raise AssertionError(batch)
-
-
-async def start(client, lines, endpoint="/v1/completions"):
-    upload = await client.files.create(file=("../../in.jsonl", "\n".join(lines).encode()), purpose="batch")
-    return await client.batches.create(input_file_id=upload.id, endpoint=endpoint, completion_window="24h")
 
 
 def test_the_openai_client_uploads_runs_and_downloads(tmp_path, make_service):
@@ -360,6 +311,8 @@ def test_uploads_are_bounded_and_checked(tmp_path, make_service):
             assert huge.status_code == 413
             for wrong in ({"json": {}}, {"files": {"file": b"x"}, "data": {"purpose": "fine-tune"}}):
                 assert (await http.post("/v1/files", **wrong)).status_code == 400
+            zipped = {"files": {"file": b"x"}, "data": {"purpose": "batch"}, "headers": {"Content-Encoding": "gzip"}}
+            assert (await http.post("/v1/files", **zipped)).status_code == 415
             broken = {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
             assert (await http.post("/v1/files", **broken)).status_code == 400
             for path in ("/v1/files/..%2f..%2fetc%2fpasswd", "/v1/files/../lock/content", "/v1/batches/x"):
@@ -394,19 +347,7 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
         "--threads",
         "1",
     ]
-
-    def begin():
-        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stderr=file)
-        while "running on http" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.02)
-        told = next(one for one in log.read_text().splitlines() if "running on http" in one)
-        return process, json.loads(told)["message"].split()[2]
-
-    process, url = begin()
-    try:
+    with running(command, tmp_path) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             lines = [line(index, {"prompt": f"{index}", "max_tokens": 1}) for index in range(600)]
             upload = client.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch")
@@ -414,8 +355,7 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
             while client.batches.retrieve(batch.id).request_counts.completed == 0:
                 time.sleep(0.02)
         process.kill()
-        process.wait()
-        process, url = begin()
+    with running(command, tmp_path) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             before = client.batches.retrieve(batch.id)
             assert 0 < before.request_counts.completed < 600
@@ -426,6 +366,3 @@ def test_the_command_serves_drains_and_goes_on_with_its_batch(tmp_path):
         assert [json.loads(one)["custom_id"] for one in text.splitlines()] == [str(index) for index in range(600)]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import signal
+import sys
 import tempfile
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 
@@ -15,19 +17,21 @@ from moe_prefill.core import AtomicRequest
 from moe_prefill.server.app import SlowReaders
 from moe_prefill.server.fairqueue import make_work
 from moe_prefill.server.scheduler import Policy, Scheduler
-from moe_prefill.workers import GroupEngine, group
+from moe_prefill.workers import GroupEngine, RoutedEngine, group
 from tests.workers.fake_worker import answer
 from tests.workers.helpers import harm, workers
 
-from .conftest import ROOT
+from .batches import ended, line, sdk, served, start
+from .conftest import MODEL, ROOT
+from .helpers import running
 
 
-@pytest.fixture
-def group_engine(monkeypatch, tmp_path):
+@pytest.fixture(params=[GroupEngine, RoutedEngine])
+def group_engine(request, monkeypatch, tmp_path):
     monkeypatch.setattr(group, "WORKER", "tests.workers.fake_worker")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    engine = GroupEngine(EngineConfig(model=json.dumps({"layer_s": 0.001}), gpus=2, device="cpu"))
+    engine = request.param(EngineConfig(model=json.dumps({"layer_s": 0.001}), gpus=2, device="cpu"))
     yield engine
     engine.close()
 
@@ -75,3 +79,53 @@ def test_a_client_that_does_not_take_its_reply_is_let_go():
 
     with pytest.raises(TimeoutError):  # the server closes the connection then
         asyncio.run(SlowReaders(reply, 0.01)({"type": "http"}, None, full))
+
+
+def test_what_sqlite_has_no_room_for_is_refused_and_nothing_is_lost(tmp_path, make_service):
+    async def go():
+        async with served(tmp_path / "data", make_service()) as http:
+            client = sdk(http)
+            first = await start(client, [line(1)])
+            await ended(client, first.id)
+            store = http.store
+            (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+            store._db.execute(f"PRAGMA max_page_count = {pages}")
+            refused = []
+            for number in range(200):
+                reply = await http.post("/v1/files", files={"file": line(number).encode()}, data={"purpose": "batch"})
+                if reply.status_code != 200:
+                    refused.append(reply)
+                    break
+            assert refused[0].status_code == 507
+            assert refused[0].json()["error"]["code"] == "disk_full"
+            assert str(tmp_path) not in refused[0].text
+            known = len(await asyncio.to_thread(store.files, ""))
+            assert len(list((tmp_path / "data/files").iterdir())) == known, "nothing of what was refused is left"
+            store._db.execute("PRAGMA max_page_count = 100000")
+            assert (await ended(client, (await start(client, [line(2)])).id)).status == "completed"
+
+    asyncio.run(go())
+
+
+def test_every_request_inside_at_sigterm_gets_one_reply(tmp_path):
+    """The whole server as a process, with more requests inside than it has the time to serve."""
+    command = [sys.executable, "-m", "moe_prefill.cli", "serve", "--model", str(MODEL), "--port", "0", "--threads", "1"]
+    command += ["--served-model-name", "demo", "--warmup", "off", "--drain-seconds", "0.3", "--max-sweep-s", "0.2"]
+    count = 150
+
+    async def load(url, process):
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+            bodies = [{"prompt": [[number % 200 + 5] * 300], "max_tokens": 1} for number in range(count)]
+            asked = [asyncio.ensure_future(http.post("/v1/completions", json=body)) for body in bodies]
+            while not any(one.done() for one in asked):
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*asked)
+
+    with running(command, tmp_path) as (process, url):
+        replies = asyncio.run(load(url, process))
+        assert process.wait(60) == 0
+    assert len(replies) == count
+    assert {reply.status_code for reply in replies} == {200, 503}
+    assert all("retry-after" in reply.headers for reply in replies if reply.status_code == 503)

@@ -246,3 +246,10 @@ def test_a_prompt_is_cut_only_when_asked(http, engine):
     reply = http.post("/v1/completions", json=body).json()
     assert reply["usage"]["prompt_tokens"] == 3
     assert reply["choices"][0]["logprobs"]["tokens"][:3] == [engine.tokenizer.token_string(i) for i in ids[-3:]]
+
+
+@pytest.mark.parametrize("field", [{"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"tools": "x"}}])
+def test_a_chat_template_never_comes_from_a_request(http, field):
+    body = {"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    reply = http.post("/v1/chat/completions", json={**body, **field})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "unsupported")

@@ -25,7 +25,7 @@ from .keys import ANYONE, Caller, Keys
 from .metrics import Metrics
 from .refusals import Refused, overloaded
 from .schema import describe
-from .service import Answer, Service, refusal
+from .service import Answer, Service, failed, refusal
 from .tokens import tokenizer_info
 from .tracing import NoTracer, Tracer
 
@@ -72,8 +72,8 @@ class Door:
         request_id = given if _ID.fullmatch(given) else secrets.token_hex(16)
         try:
             answer = await handler(request, self.caller(request), request_id)
-        except Refused as error:
-            answer = refusal(error)
+        except Exception as error:
+            answer = failed(error, request_id)
         self.metrics.replied(path, answer, request_id, datetime.now(UTC).isoformat(timespec="seconds"))
         self.tracer.replied(path, answer, request_id, request.headers, begin_ns, time.time_ns())
         facts = {
@@ -113,17 +113,17 @@ class Door:
 
     async def _answered(self, endpoint: Endpoint, request: Request, caller: Caller, request_id: str) -> Answer:
         body = await read_body(request, self.limits)
-        work = asyncio.ensure_future(self.service.answer(endpoint, body, caller=caller, request_id=request_id))
-        gone = asyncio.ensure_future(_gone(request.receive))
+        task = asyncio.current_task()
+        assert task is not None
+        gone = asyncio.ensure_future(_gone(request.receive, task))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
+            return await self.service.answer(endpoint, body, caller=caller, request_id=request_id)
+        except asyncio.CancelledError:
+            if not gone.done() or task.uncancel():  # someone else wants the end of this task
+                raise
+            return Answer(status=499, body=b"", code="client_gone")
         finally:
             gone.cancel()
-            if not work.done():
-                work.cancel()
-        return Answer(status=499, body=b"", code="client_gone")
 
     def visible(self, request: Request) -> None:
         """Let loopback addresses and callers with a key read what is about the server itself. Raises 401 and 403."""
@@ -136,10 +136,15 @@ class Door:
         self.caller(request)
 
 
-async def read_body(request: Request, limits: HttpLimits) -> bytes:
-    """The whole body. Raises 413, 415 for one that is compressed, and 408 for one that does not come."""
+def check_plain(request: Request) -> None:
+    """Raise 415 for a compressed body: a small one may be without end when it is unpacked."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "compressed_body", "compressed bodies are not read; send it as it is")
+
+
+async def read_body(request: Request, limits: HttpLimits) -> bytes:
+    """The whole body. Raises 413, 415 for one that is compressed, and 408 for one that does not come."""
+    check_plain(request)
     limit = limits.payload_bytes
     too_large = Refused(
         413, "payload_too_large", f"the body is larger than {limit} bytes; send less, or raise --payload-limit-mib"
@@ -193,7 +198,7 @@ def make_app(
     app.state.door = door
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
-            app.add_api_route(path, _asking(door, endpoint, path), methods=["POST"], name=path, response_model=None)
+            app.add_route(path, _asking(door, endpoint, path), methods=["POST"], name=path)
     _add_model_routes(app, door)
     _add_operation_routes(app, door)
     app.add_exception_handler(HTTPException, _not_ours)
@@ -316,10 +321,11 @@ async def _not_ours(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has closed the connection."""
+async def _gone(receive: Receive, task: asyncio.Task[object]) -> None:
+    """Cancel the task when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 def _is_loopback(request: Request) -> bool:

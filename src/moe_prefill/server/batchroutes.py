@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.types import Message
 
-from .app import Door, read_body
+from .app import Door, check_plain, read_body
 from .batchrunner import BatchRunner
 from .endpoints import BY_PATH
 from .keys import Caller
@@ -76,7 +77,10 @@ def _opening(
     """A route that goes through the door; parts of the path are arguments of ``handle``."""
 
     async def answered(request: Request, caller: Caller, request_id: str) -> Answer:
-        return await handle(request, caller, **request.path_params)
+        try:
+            return await handle(request, caller, **request.path_params)
+        except sqlite3.OperationalError as error:
+            raise Refused(507, "disk_full", f"the server cannot keep this: {error}; try again later") from error
 
     async def serve(request: Request) -> Response:
         return await door.open(request, path, answered)
@@ -145,6 +149,7 @@ class _Uploads:
         self._max_bytes = max_bytes
 
     async def receive(self, request: Request, caller: Caller) -> Answer:
+        check_plain(request)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise bad_request("bad_upload", "a file is sent as multipart/form-data with the fields purpose and file")
         bounded = Request(request.scope, _bounded(request, self._max_bytes + 65536))
@@ -182,9 +187,10 @@ class _Uploads:
                 created_at=int(time.time()),
             )
             self._store.add_file(file)
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             path.unlink(missing_ok=True)
-            raise Refused(507, "disk_full", f"the server cannot keep the file: {error.strerror}") from error
+            why = getattr(error, "strerror", None) or error  # not the path
+            raise Refused(507, "disk_full", f"the server cannot keep the file: {why}") from error
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ class BatchRunner:
             for batch in active:
                 try:
                     await self._step(batch)
-                except (OSError, _NotNow) as error:
+                except (OSError, sqlite3.OperationalError, _NotNow) as error:
                     _log.warning("batch %s waits: %s", batch.id, error)
                     await asyncio.sleep(_PAUSE_S)
             if not active:

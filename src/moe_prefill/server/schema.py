@@ -62,27 +62,26 @@ def describe(app: FastAPI, endpoints: Sequence[Endpoint]) -> None:
             document["security"] = [{}, {"key": []}]
             for endpoint in endpoints:
                 for path in endpoint.paths:
-                    _describe(document["paths"][path]["post"], endpoint, schemas)
+                    document["paths"][path] = {"post": _operation(path, endpoint, schemas)}
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _describe(operation: dict[str, Any], endpoint: Endpoint, schemas: dict[str, Any]) -> None:
+def _operation(path: str, endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     bodies = [_schema(form.body, schemas) for form in endpoint.forms]
     examples = {form.body.__name__: {"value": dict(form.example)} for form in endpoint.forms}
-    operation["summary"] = endpoint.summary
-    operation["requestBody"] = {
-        "required": True,
-        "content": {
-            "application/json": {"schema": bodies[0] if len(bodies) == 1 else {"anyOf": bodies}, "examples": examples}
-        },
-    }
+    schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    operation["responses"] = {
-        "200": {"description": "The answer.", "content": {"application/json": {"schema": {}}}},
-        **{str(status): {"description": text, "content": error} for status, text in _ERRORS.items()},
+    return {
+        "summary": endpoint.summary,
+        "operationId": path.strip("/").replace("/", "_"),
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "examples": examples}}},
+        "responses": {
+            "200": {"description": "The answer.", "content": {"application/json": {"schema": {}}}},
+            **{str(status): {"description": text, "content": error} for status, text in _ERRORS.items()},
+        },
     }
 
 

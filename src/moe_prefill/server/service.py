@@ -26,6 +26,7 @@ from .scheduler import Lane, Scheduler
 
 _log = logging.getLogger(__name__)
 
+_SMALL_REPLY = 64  # numbers
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _TEI_TYPES = {413: "Validation", 429: "Overloaded", 503: "Unhealthy", 424: "Backend", 500: "Backend"}
 
@@ -60,6 +61,11 @@ class _Ready:
     work: Work | None
     places: Sequence[int]
     seconds: float
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the results, at most."""
+        return sum(len(request.ids) + len(request.positions) * (1 + request.top_k) for request in self.plan.requests)
 
     def reply(self, answers: Results) -> bytes:
         return to_json(self.plan.finish([answers[place] for place in self.places]), inf_nan_mode="null")
@@ -138,12 +144,9 @@ class Service:
             with self.permits.one(caller.tenant, self.scheduler.retry_after_s):
                 return await self._serve(endpoint, body, caller, lane, begin_s)
         except Exception as error:
-            refused = told(error)
-            if refused.status >= 500 and not isinstance(error, Refused):
-                _log_bug(error, request_id)
             if len({form.dialect for form in endpoint.forms}) > 1:
                 dialect = _dialect(endpoint, body)
-            return replace(refusal(refused, dialect), timings=Timings(total_s=time.monotonic() - begin_s))
+            return replace(failed(error, request_id, dialect), timings=Timings(total_s=time.monotonic() - begin_s))
 
     async def _serve(self, endpoint: Endpoint, body: bytes, caller: Caller, lane: Lane, begin_s: float) -> Answer:
         loop = asyncio.get_running_loop()
@@ -157,7 +160,10 @@ class Service:
             queue_s = (ready.work.started_s or done_s) - ready.work.arrived_s
             inference_s = done_s - (ready.work.started_s or done_s)
         reply_s = time.monotonic()
-        told = await loop.run_in_executor(self._pool, ready.reply, answers)
+        if ready.num_values <= _SMALL_REPLY:  # a change of threads would take longer
+            told = ready.reply(answers)
+        else:
+            told = await loop.run_in_executor(self._pool, ready.reply, answers)
         now_s = time.monotonic()
         return Answer(
             status=200,
@@ -198,6 +204,14 @@ def told(error: Exception) -> Refused:
         where = ".".join(map(str, first["loc"]))
         return bad_request("bad_field", f"{where}: {first['msg']}" if where else first["msg"], where or None)
     return refusal_of(error)
+
+
+def failed(error: Exception, request_id: str, dialect: Dialect = "openai") -> Answer:
+    """An error as an answer; one that nobody foresaw is logged."""
+    refused = told(error)
+    if refused.status >= 500 and not isinstance(error, Refused):
+        _log_bug(error, request_id)
+    return refusal(refused, dialect)
 
 
 def refusal(refused: Refused, dialect: Dialect = "openai") -> Answer:
