@@ -77,7 +77,7 @@ def test_qwen3_235b_in_fp8_on_one_gpu_of_139_gib_and_a_host_of_128():
     found = plan(published("Qwen3-235B-A22B"), 139, 128)
     assert set(found.levels) == {"resident", "offloaded"}
     assert 45 <= found.count("resident") <= 55
-    assert 97 <= found.host_bytes["pinned banks"] / GIB <= 107
+    assert 90 <= found.host_bytes["pinned banks"] / GIB <= 107
     assert found.peak_host_bytes <= 128 * GIB
     assert found.sweep.max_sweep_tokens >= 65536
     assert found.peak_device_bytes <= 139 * GIB
