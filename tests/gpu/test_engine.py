@@ -22,10 +22,7 @@ from tests.reference import (
     smallest_routing_gap,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def gpu_engine(converted: Converted, dtype=torch.float32, **options) -> LocalEngine:

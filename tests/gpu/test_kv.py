@@ -12,10 +12,7 @@ from tests.engine.test_kv import asking, assert_same, question, random_tokens
 from tests.gpu.test_engine import gpu_engine
 from tests.reference import FAMILIES, convert, random_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("seed", range(3))

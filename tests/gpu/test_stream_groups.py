@@ -6,10 +6,7 @@ import torch
 from tests.experts import rank_work
 from tests.experts.groups import run_group
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 COPIES = [number for number, (_, transport) in enumerate(rank_work.MIXES) if transport == "copy-engine"]
 

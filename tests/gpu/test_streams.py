@@ -21,10 +21,7 @@ from tests.experts.helpers import (
 )
 from tests.reference import FAMILIES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 
 

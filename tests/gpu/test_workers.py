@@ -15,10 +15,7 @@ from moe_prefill.workers.page import ProgressPage
 from tests.workers.helpers import harm, wait_for, workers
 from tests.workers.test_real_engine import DEMO, equal, requests_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 CONFIG = EngineConfig(
     model=str(DEMO / "checkpoint"), device="cuda:0", memory_gib=8, host_gib=8, max_sweep_tokens=512, chunk_rows=512
