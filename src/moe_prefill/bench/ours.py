@@ -150,7 +150,9 @@ def _fields(
 def _memory(engine: LocalEngine) -> dict[str, Any]:
     found: dict[str, Any] = {} if engine.residency is None else {"residency": engine.residency.map}
     if engine.device_kind == "cuda":
-        found["attention_kernel"] = ops.flash_kernel(torch.device("cuda", torch.cuda.current_device())).name
+        device = torch.device("cuda", torch.cuda.current_device())
+        found["attention_kernel"] = ops.flash_kernel(device).name
+        found["experts_kernel"] = ops.experts_kernel(device).name
         found["peak_hbm_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 

@@ -1,4 +1,4 @@
-"""Which attention kernel a model's layers run with on this machine, and why the others do not."""
+"""Which kernels a model's layers run with on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def attention_kernels(spec: ModelSpec, device: torch.device, dtype: torch.dtype)
         for windowed in kinds
         for line in ops.explain_flash(device, windowed=windowed)
     ]
+
+
+def expert_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The same for the experts, in the weights' own precision."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return ["plain grouped products: chosen; other kernels need a GPU and bfloat16"]
+    return ops.explain_experts(device)

@@ -35,7 +35,7 @@ def calibrate(
     """Measure this machine's rates at a model's shapes (no weights are loaded) and find the saturation threshold T."""
     import torch
 
-    from ..calibrate import attention_kernels
+    from ..calibrate import attention_kernels, expert_kernels
     from ..calibrate import calibrate as measure
     from ..config import EngineConfig
     from ..engine.build import pick_device, pick_dtype
@@ -62,7 +62,7 @@ def calibrate(
         save_profile(profile, output)
     ranks = _ranks(profile)
     console.print(_rates(profile))
-    for line in attention_kernels(spec, target, computed):
+    for line in [*attention_kernels(spec, target, computed), *expert_kernels(target, computed)]:
         console.print(f"attention  {line}", markup=False, soft_wrap=True)
     console.print(_thresholds(spec, profile, ranks, tokens))
     if output is not None:

@@ -159,6 +159,7 @@ class LocalEngine:
             "dtype": self._dtype_name(),
             "quantization": self._quantization,
             "attention": self._attention_kernel(),
+            "experts": ops.experts_kernel(self._device).name if self._device.type == "cuda" else "plain",
             "torch": torch.__version__,
             "threads": self._threads if self._device.type == "cpu" else 0,
             "sharing": self._sharing,

@@ -2,12 +2,14 @@
 
 from .attention import Spans, attention
 from .block_experts import blocks_refused
+from .expert_rows import chosen as experts_kernel
+from .expert_rows import explain as explain_experts
 from .experts import combine, experts
 from .flash import chosen as flash_kernel
 from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
-from .linear import Float8Rows, Matrix, linear
+from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_
 from .merge import merge_
 from .permute import ExpertOrder, order_by_expert, permute
 from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
@@ -31,12 +33,15 @@ __all__ = [
     "dequantize",
     "dequantize_blocks",
     "experts",
+    "experts_kernel",
+    "explain_experts",
     "explain_flash",
     "flash_kernel",
     "grouped_mm",
     "has_float8",
     "head_norm_rope",
     "linear",
+    "linear_add_rms_norm_",
     "merge_",
     "order_by_expert",
     "permute",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from .backend import use_triton
 from .block_experts import aligned_rows, block_experts_rows
-from .grouped import grouped_mm, has_float8, scaled_grouped_mm
+from .expert_rows import expert_rows
+from .grouped import has_float8, scaled_grouped_mm
 from .permute import order_by_expert, permute
 from .quantize import quantize_rows, swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
@@ -62,8 +63,7 @@ def experts(
         return combine(out_MD, rows.order.row_of_slot_TK, weights_TK, residual_TD, out)
     order = order_by_expert(ids_TK, len(gate_up_E2ID), num_rows)
     if scales is None:
-        hidden_RI = swiglu(grouped_mm(permute(x_TD, order), gate_up_E2ID, order.ends_E))
-        out_RD = grouped_mm(hidden_RI, down_EDI, order.ends_E)
+        out_RD = expert_rows(x_TD, order, gate_up_E2ID, down_EDI)
     elif x_scale_T is None and not has_float8(x_TD.device):  # the weights only
         rows_RD, dtype = permute(x_TD, order), residual_TD.dtype
         hidden_RI = swiglu(scaled_grouped_mm(rows_RD, None, gate_up_E2ID, scales[0], order.ends_E, dtype))

@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UsageError
+from . import choice
 
 if TYPE_CHECKING:
     from .attention import Spans
 
 Result = tuple[torch.Tensor, torch.Tensor]
+VARIABLE = "MOE_PREFILL_ATTENTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +51,13 @@ def is_legal(q: torch.Tensor) -> bool:
 
 @functools.cache
 def chosen(device: torch.device, *, windowed: bool = False) -> FlashKernel:
-    """The first kernel of ``KERNELS``, fastest first, that runs here, or the one that the environment names where that
-    runs. UsageError: there is no kernel of that name.
-    """
-    legal = [kernel for kernel in KERNELS if kernel.refusal(device, windowed) is None]
-    wanted = os.environ.get("MOE_PREFILL_ATTENTION")
-    names = [kernel.name for kernel in KERNELS]
-    if wanted and wanted not in names:
-        raise UsageError(f"MOE_PREFILL_ATTENTION is {wanted!r}; it must be one of {', '.join(names)}, or unset")
-    named = [kernel for kernel in legal if kernel.name == wanted]
-    return (named or legal)[0]
+    """The kernel for such queries there; see ``choice.choose``."""
+    return choice.choose(KERNELS, lambda kernel: kernel.refusal(device, windowed), VARIABLE)
 
 
 def explain(device: torch.device, *, windowed: bool = False) -> list[str]:
     """A line for each kernel: chosen, possible, or why not."""
-    lines = []
-    for kernel in KERNELS:
-        refusal = kernel.refusal(device, windowed)
-        state = refusal or ("chosen" if kernel is chosen(device, windowed=windowed) else "possible")
-        lines.append(f"{kernel.name}: {state}")
-    return lines
+    return choice.explain(KERNELS, lambda kernel: kernel.refusal(device, windowed), VARIABLE)
 
 
 def _flash_3(
