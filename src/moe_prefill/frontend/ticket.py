@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks import BLOCK_TOKENS, BlockHasher, Digest
+from ..blocks import BlockHasher, Digest, usable_blocks
 from ..core import AtomicRequest
 
 
@@ -51,7 +51,7 @@ def make_ticket(
         first_asked=first,
         asked=asked,
         head_rows=asked * vocab_size if request.vocabulary else len(request.ids),
-        usable_blocks=min(first, num_tokens - 1) // BLOCK_TOKENS,
+        usable_blocks=usable_blocks(request),
         share_key=f"{tenant}\0{request.salt}" + (f"\0{id}" if private else ""),
         arrival_s=arrival_s,
     )
