@@ -158,6 +158,18 @@ def test_a_residual_is_added_and_normed(dtype):
     torch.testing.assert_close(normed, ref_rms_norm(want, weight, 1e-6), **tolerance)
 
 
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_is_added_to_the_residual_and_normed(dtype, bias):
+    x, weight, norm = random(5, 24, dtype=dtype), random(16, 24, dtype=dtype, seed=1), random(16, dtype=dtype, seed=2)
+    residual, bias_N = random(5, 16, dtype=dtype, seed=3), random(16, dtype=dtype, seed=4) if bias else None
+    want = residual + torch.nn.functional.linear(x, weight, bias_N)
+    normed = ops.linear_add_rms_norm_(x, weight, bias_N, residual, norm, 1e-6)
+    tolerance = {"rtol": 2e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(residual, want, **tolerance)
+    torch.testing.assert_close(normed, ref_rms_norm(residual, norm, 1e-6), **tolerance)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_route(normalize):
     x, router = random(20, 8), random(6, 8, seed=1)

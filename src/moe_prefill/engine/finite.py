@@ -75,9 +75,11 @@ class WatchedDecoder(Decoder):
     def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
         return self._note(weights, 1, super().queries(weights, x_TD, rope))
 
-    def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
-        self._note(weights, 2, attended_THd)
-        return self._note(weights, 3, super().project_output(weights, attended_THd))
+    def add_attended_(self, layer: LayerWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        self._note(layer.attention, 2, attended_THd)
+        normed = super().add_attended_(layer, attended_THd, residual_TD)
+        self._note(layer.attention, 3, residual_TD)
+        return normed
 
     def feed_forward(
         self,

@@ -64,13 +64,13 @@ class Decoder:
         out_TD: torch.Tensor,
     ) -> None:
         """All of a layer behind its attention, written to ``out_TD``, which may be ``residual_TD``: that is used up."""
-        projected = self.project_output(layer.attention, attended_THd)
-        normed = ops.add_rms_norm_(residual_TD, projected, layer.ffn_norm, self.spec.norm_eps)
+        normed = self.add_attended_(layer, attended_THd, residual_TD)
         self.feed_forward(layer, residual_TD, normed, bank, out_TD)
 
-    def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
-        """``attended @ out``; [T, D]."""
-        return ops.linear(attended_THd.flatten(1), weights.out, weights.out_bias)
+    def add_attended_(self, layer: LayerWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        """``residual += attended @ out`` in place; the norm of that sum, [T, D]."""
+        out, bias, eps = layer.attention.out, layer.attention.out_bias, self.spec.norm_eps
+        return ops.linear_add_rms_norm_(attended_THd.flatten(1), out, bias, residual_TD, layer.ffn_norm, eps)
 
     def feed_forward(
         self,

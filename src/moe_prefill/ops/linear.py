@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .grouped import has_float8
 from .quantize import FLOAT8, dequantize, quantize_rows
+from .rms_norm import add_rms_norm_, rms_norm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +81,23 @@ def linear(
         return torch.addmm(bias_N, x_RC, weight_NC.t(), out=out)
     product = _float8_linear(x_RC, weight_NC, bias_N)
     return product if out is None else out.copy_(product)
+
+
+def linear_add_rms_norm_(
+    x_RC: torch.Tensor,
+    weight_NC: Matrix,
+    bias_N: torch.Tensor | None,
+    residual_RN: torch.Tensor,
+    norm_N: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """``residual += linear(x, weight, bias)`` in place, then its norm; a new tensor [R, N].
+
+    On a GPU the product adds a plain weight's result to the residual itself: one pass less, and one rounding less.
+    """
+    if residual_RN.is_cuda and isinstance(weight_NC, torch.Tensor) and bias_N is None:
+        return rms_norm(residual_RN.addmm_(x_RC, weight_NC.t()), norm_N, eps)
+    return add_rms_norm_(residual_RN, linear(x_RC, weight_NC, bias_N), norm_N, eps)
 
 
 def _float8_linear(x_RC: Matrix, weight_NC: Float8Rows, bias_N: torch.Tensor | None) -> torch.Tensor:

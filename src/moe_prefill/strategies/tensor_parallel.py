@@ -10,7 +10,7 @@ import torch
 
 from .. import ops
 from ..models.decoder import Decoder
-from ..models.weights import AttentionWeights, DenseWeights, ExpertBank, LayerWeights
+from ..models.weights import DenseWeights, ExpertBank, LayerWeights
 from .collectives import Collectives
 from .share import Share
 
@@ -24,8 +24,9 @@ class TensorParallelDecoder(Decoder):
         self._splits_banks = len(share.experts) < share.whole.num_experts
         self._collectives = collectives
 
-    def project_output(self, weights: AttentionWeights, attended_THd: torch.Tensor) -> torch.Tensor:
-        return self._collectives.all_reduce(super().project_output(weights, attended_THd))
+    def add_attended_(self, layer: LayerWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        part = ops.linear(attended_THd.flatten(1), layer.attention.out, layer.attention.out_bias)
+        return ops.add_rms_norm_(residual_TD, self._collectives.all_reduce(part), layer.ffn_norm, self.spec.norm_eps)
 
     def feed_forward(
         self,
