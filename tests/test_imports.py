@@ -1,6 +1,7 @@
 """Which room may import which; the torch-free half loads no torch, and nothing imports in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,10 @@ ALLOWED = {
     "server": {"errors", "core", "config", "forest", "tasks", "text", "jobs", "checkpoint", "workers"},
     "cli": {
         "bench",
+        "blocks",
+        "frontend",
+        "simulate",
+        "workloads",
         "server",
         "calibrate",
         "forming",
@@ -210,3 +215,10 @@ def test_the_torch_free_half_loads_no_torch(room):
         f"import sys, moe_prefill.{room}; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"})
+
+
+def test_the_documents_name_the_rooms_of_both_halves():
+    said = (SRC.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    free, rest = re.search(r"`([a-z, ]+)`\s+import without torch; `([a-z, ]+)` belong", said).groups()
+    assert free.split(", ") == TORCH_FREE
+    assert rest.split(", ") == sorted(TORCH_HALF)

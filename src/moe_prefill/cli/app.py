@@ -27,6 +27,7 @@ from .plan import plan
 from .report import show_metrics
 from .run_batch import run_batch
 from .serve import api_key, serve
+from .simulate import simulate_command
 
 EXIT_BUG = 70  # an error that is not the user's
 EXIT_INTERRUPTED = 130
@@ -121,6 +122,9 @@ app.command("bench")(bench)
 
 
 app.command("plan")(plan)
+
+
+app.command("simulate")(simulate_command)
 
 
 app.command("serve")(serve)

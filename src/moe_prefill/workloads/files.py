@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def read_trace(path: str | Path, *, block_tokens: int = TRACE_BLOCK_TOKENS) -> W
     the blocks. InputError names the first line that is wrong.
     """
     requests, arrivals = [], []
-    with Path(path).open(encoding="utf-8") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 about = json.loads(line)
@@ -57,6 +58,13 @@ def read_trace(path: str | Path, *, block_tokens: int = TRACE_BLOCK_TOKENS) -> W
         ["trace"] * len(order),
         np.asarray([arrivals[index] for index in order], np.float64),
     )
+
+
+def _opened(path: str | Path) -> IO[str]:
+    try:
+        return Path(path).open(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _block(number: int, block_tokens: int) -> np.ndarray:
