@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch._C._distributed_c10d import PrefixStore
 
+from moe_prefill import ops
 from moe_prefill.config import EngineConfig
 from moe_prefill.engine import build_engine
 from moe_prefill.engine.sweep import run_without_tokens
@@ -279,12 +281,25 @@ def a_gpu_hangs(ranks: Ranks) -> str:
     return "no error"
 
 
-def built_engines(ranks: Ranks, directory: str) -> list[str]:
-    """The settings by which an engine, built from files in its parts, answers differently from a resident one."""
+def float8_engines(ranks: Ranks, directory: str) -> list[str]:
+    """``built_engines`` of a float8 checkpoint with block scales, which experts keep, or not."""
+    wrong = built_engines(below(ranks, "rows") if ranks.store else ranks, directory, (("safetensors", None),))
+    with mock.patch.object(ops, "blocks_refused", return_value=None):
+        kinds = (("safetensors", None), ("dummy", None))
+        wrong += built_engines(below(ranks, "blocks") if ranks.store else ranks, directory, kinds)
+    return wrong
+
+
+def built_engines(
+    ranks: Ranks,
+    directory: str,
+    kinds: tuple[tuple[str, str | None], ...] = (("safetensors", None), ("safetensors", "fp8"), ("dummy", None)),
+) -> list[str]:
+    """The settings by which an engine, built from files in its parts, answers differently from a resident one.
+    ``kinds``: load formats and quantisations.
+    """
     wrong = []
-    for number, (load_format, quantization) in enumerate(
-        (("safetensors", None), ("safetensors", "fp8"), ("dummy", None))
-    ):
+    for number, (load_format, quantization) in enumerate(kinds):
         settings = {
             "model": directory,
             "device": "cpu",

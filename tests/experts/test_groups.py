@@ -15,10 +15,11 @@ from moe_prefill.engine.banks import BankMemory
 from moe_prefill.errors import UsageError
 from moe_prefill.experts import BankLayout, Ranks
 from moe_prefill.residency import expert_record
+from tests.checkpoint import float8_models
 from tests.experts import rank_work
 from tests.experts.groups import LOST, run_group
 from tests.experts.helpers import FOUR_LAYERS, filled_memory, model_of
-from tests.reference import random_model
+from tests.reference import VOCAB, random_model
 
 SEEDS = 6 if os.environ.get("MOE_PREFILL_LONG") else 1
 
@@ -32,6 +33,13 @@ def test_every_transport_equals_resident(size, tmp_path):
 def test_engines_built_from_files_equal_resident(size, tmp_path):
     random_model("olmoe", FOUR_LAYERS).save_pretrained(tmp_path / "model")
     assert run_group(rank_work.built_engines, size, tmp_path, str(tmp_path / "model")) == [[]] * size
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_float8_banks_with_block_scales_equal_resident(size, tmp_path):
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 4, "mlp_only_layers": []}
+    float8_models.save(tmp_path, vocab_size=VOCAB, **sizes)
+    assert run_group(rank_work.float8_engines, size, tmp_path, str(tmp_path)) == [[]] * size
 
 
 def test_ranks_with_0_1_and_3_sweeps_of_work_and_a_late_one(tmp_path):
