@@ -141,17 +141,23 @@ def test_swiglu(rows, width, dtype):
     torch.testing.assert_close(swiglu_kernel(x), ref_swiglu(x), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("before", ["nothing", "swiglu", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 100), (2, 1500), (0, 8)])
-def test_quantize(rows, width, dtype, gated):
+def test_quantize(rows, width, dtype, before):
     from moe_prefill.ops.kernels.quantize import quantize_rows_kernel, swiglu_quantize_kernel
+    from moe_prefill.ops.kernels.rms_norm import rms_norm_quantize_kernel
 
-    if gated and dtype == torch.bfloat16 and DEVICE.type == "cpu":
+    if before != "nothing" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("the interpreter cuts bfloat16 where the hardware rounds, which moves values to other steps")
-    x = random(rows, width * (1 + gated), dtype=dtype)
-    values, scale = (swiglu_quantize_kernel if gated else quantize_rows_kernel)(x)
-    want, want_scale = ref_quantize_rows(ref_swiglu(x) if gated else x)
+    x, weight = random(rows, width * (1 + (before == "swiglu")), dtype=dtype), random(width, dtype=dtype, seed=1)
+    kernel, plain = {
+        "nothing": (quantize_rows_kernel, lambda x: x),
+        "swiglu": (swiglu_quantize_kernel, ref_swiglu),
+        "norm": (lambda x: rms_norm_quantize_kernel(x, weight, 1e-6), lambda x: ref_rms_norm(x, weight, 1e-6)),
+    }[before]
+    values, scale = kernel(x)
+    want, want_scale = ref_quantize_rows(plain(x))
     torch.testing.assert_close(scale, want_scale, rtol=1e-2, atol=0)
     got, wanted = values.float(), want.float()
     if got.device.type == "cpu":

@@ -41,7 +41,7 @@ class Decoder:
         self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope, out_T2Gd: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Keys (normalised, rotated) and values of residual rows, [T, 2, G, d]; new, or computed in ``out``."""
-        normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
+        normed = ops.rms_norm_for(x_TD, weights.norm, self.spec.norm_eps, weights.qkv)
         out = None if out_T2Gd is None else out_T2Gd.view(len(x_TD), -1)
         flat = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width, out)
         both = flat.view(len(flat), 2, -1, self.spec.head_dim)
@@ -52,7 +52,7 @@ class Decoder:
 
     def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries (normalised, rotated) [T, H, d] of residual rows."""
-        normed = ops.rms_norm(x_TD, weights.norm, self.spec.norm_eps)
+        normed = ops.rms_norm_for(x_TD, weights.norm, self.spec.norm_eps, weights.qkv)
         return self._shape(self._project(weights, normed, 0, self._q_width), weights.q_norm, rope)
 
     def finish(
@@ -114,7 +114,7 @@ class Decoder:
         return ops.rms_norm(flat, weight, self.spec.norm_eps)
 
     def _project(
-        self, weights: AttentionWeights, x_TD: torch.Tensor, first: int, last: int, out: torch.Tensor | None = None
+        self, weights: AttentionWeights, x_TD: ops.Matrix, first: int, last: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
         return ops.linear(x_TD, weights.qkv[first:last], bias, out)

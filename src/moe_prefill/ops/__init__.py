@@ -9,11 +9,11 @@ from .flash import chosen as flash_kernel
 from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
-from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_
+from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_, rms_norm_for
 from .merge import merge_
 from .permute import ExpertOrder, order_by_expert, permute
 from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
-from .rms_norm import add_rms_norm_, rms_norm
+from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
 from .rope import head_norm_rope, rope_tables
 from .router import route, top_k_weights
 from .swiglu import swiglu
@@ -48,6 +48,8 @@ __all__ = [
     "quantize_blocks",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_for",
+    "rms_norm_quantize",
     "rope_tables",
     "route",
     "scaled_grouped_mm",

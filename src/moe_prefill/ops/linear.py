@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .grouped import has_float8
 from .quantize import FLOAT8, dequantize, quantize_rows
-from .rms_norm import add_rms_norm_, rms_norm
+from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +81,15 @@ def linear(
         return torch.addmm(bias_N, x_RC, weight_NC.t(), out=out)
     product = _float8_linear(x_RC, weight_NC, bias_N)
     return product if out is None else out.copy_(product)
+
+
+def rms_norm_for(x_RC: torch.Tensor, norm_C: torch.Tensor, eps: float, weight_NC: Matrix) -> Matrix:
+    """The norm of rows as ``linear`` of this weight takes it: quantised in the same pass where the product is in
+    float8.
+    """
+    if isinstance(weight_NC, Float8Rows) and x_RC.dtype == torch.bfloat16 and has_float8(x_RC.device):
+        return Float8Rows(*rms_norm_quantize(x_RC, norm_C, eps))
+    return rms_norm(x_RC, norm_C, eps)
 
 
 def linear_add_rms_norm_(

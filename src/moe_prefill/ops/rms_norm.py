@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend import use_triton
+from .quantize import ref_quantize_rows
 
 
 def ref_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,6 +23,16 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 
         return rms_norm_kernel(x_TD, weight_D, eps)
     return _rms_norm(x_TD, weight_D, eps)
+
+
+def rms_norm_quantize(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rms_norm``, rounded to the dtype of ``x``, then ``quantize_rows``: float8 [T, D] and float32 [T]."""
+    assert x_TD.shape[-1] == weight_D.shape[0], (x_TD.shape, weight_D.shape)
+    if use_triton(x_TD):
+        from .kernels.rms_norm import rms_norm_quantize_kernel
+
+        return rms_norm_quantize_kernel(x_TD, weight_D, eps)
+    return ref_quantize_rows(_rms_norm(x_TD, weight_D, eps))
 
 
 def ref_add_rms_norm_(x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

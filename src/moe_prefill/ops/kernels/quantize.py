@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_row(values, inside, out_ptr, scale_ptr, row, column, width, LEAST: tl.constexpr, MOST: tl.constexpr):
+def store_row(values, inside, out_ptr, scale_ptr, row, column, width, LEAST: tl.constexpr, MOST: tl.constexpr):
     amax = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
     scale = amax / MOST
     scaled = tl.minimum(tl.maximum(values / scale, -MOST), MOST)
@@ -26,7 +26,7 @@ def _quantize_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < C
     values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    _store_row(values, inside, out_ptr, scale_ptr, row, column, C, LEAST, MOST)
+    store_row(values, inside, out_ptr, scale_ptr, row, column, C, LEAST, MOST)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _swiglu_quantize_kernel(
     # Rounded where the plain version rounds, so that both quantise the same numbers.
     silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
     values = (silu * up).to(kind).to(tl.float32)
-    _store_row(values, inside, out_ptr, scale_ptr, row, column, F, LEAST, MOST)
+    store_row(values, inside, out_ptr, scale_ptr, row, column, F, LEAST, MOST)
 
 
 @triton.jit
@@ -127,6 +127,13 @@ def swiglu_quantize_kernel(gate_up_R2F: torch.Tensor) -> tuple[torch.Tensor, tor
     if R:
         _swiglu_quantize_kernel[(R,)](gate_up_R2F, out, scale, gate_up_R2F.stride(0), F, **_constants(F))
     return out, scale
+
+
+def quantized_outputs(
+    x: torch.Tensor, rows: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float | int]]:
+    """Values and scales to be written, and the constants of a kernel that does so by ``store_row``."""
+    return *_outputs(x, rows, width), _constants(width)
 
 
 def _outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,22 @@
-"""RMSNorm, alone or after a residual is added, in one pass over memory. T rows, D channels."""
+"""RMSNorm in one pass over memory: alone, after a residual is added, or with its result quantised. T rows, D
+channels.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from .quantize import quantized_outputs, store_row
+
+
+@triton.jit
+def _normed(x, weight_ptr, column, inside, D, eps, KIND: tl.constexpr):
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    # Rounded before the weight, as the reference does.
+    return (weight * (x * scale).to(KIND).to(tl.float32)).to(KIND)
 
 
 @triton.jit
@@ -22,11 +34,28 @@ def _rms_norm_kernel(
         rounded = (x + delta).to(kind)
         tl.store(source, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    # Rounded before the weight, as the reference does.
-    normed = (x * scale).to(kind).to(tl.float32)
-    tl.store(out_ptr + row * D + column, (weight * normed).to(kind), mask=inside)
+    tl.store(out_ptr + row * D + column, _normed(x, weight_ptr, column, inside, D, eps, kind), mask=inside)
+
+
+@triton.jit
+def _rms_norm_quantize_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    x_stride,
+    D,
+    eps,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    normed = _normed(x, weight_ptr, column, inside, D, eps, x_ptr.dtype.element_ty).to(tl.float32)
+    store_row(normed, inside, out_ptr, scale_ptr, row, column, D, LEAST, MOST)
 
 
 def rms_norm_kernel(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,6 +69,18 @@ def add_rms_norm_kernel_(
     """``x += delta`` in place, then its norm; a contiguous tensor [T, D]."""
     assert x_TD.stride(1) == delta_TD.stride(1) == 1, (x_TD.stride(), delta_TD.stride())
     return _launch(x_TD, delta_TD, weight_D, eps)
+
+
+def rms_norm_quantize_kernel(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [T, D] of the norm, rounded to the dtype of ``x`` first, and float32 scales [T]."""
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == 1 or not T, x_TD.stride()
+    values, scale, constants = quantized_outputs(x_TD, T, D)
+    if T:
+        _rms_norm_quantize_kernel[(T,)](x_TD, weight_D, values, scale, x_TD.stride(0), D, eps, **constants)
+    return values, scale
 
 
 def _launch(x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
