@@ -28,8 +28,9 @@ from ..models.weights import ExpertBank, ModelWeights
 from ..residency import ResidencyPlan
 from .cores import cores_of
 from .finite import Note, WatchedDecoder, first_fault
+from .head import ReadPlan
 from .kv import PrefixPool, SweepBlocks
-from .plan import ReadPlan, SweepPlan, build_sweep_plan
+from .plan import SweepPlan, build_sweep_plan
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
 

@@ -16,8 +16,9 @@ from ..experts import BankSource
 from ..models.decoder import Decoder, Rope
 from ..models.weights import ExpertBank, LayerWeights, ModelWeights
 from .cores import ONE_BY_ONE, Cores
+from .head import HeadPlan
 from .kv import PoolTensors
-from .plan import DeviceCall, DeviceChunk, HeadPlan, RowBlock, SweepPlan
+from .plan import DeviceCall, DeviceChunk, RowBlock, SweepPlan
 
 
 @dataclass(frozen=True, slots=True)
