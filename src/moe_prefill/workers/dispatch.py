@@ -50,7 +50,7 @@ class Dispatch:
         self.frontend = Frontend(num_ranks, policy, machine.costs, machine.bounds, machine.admission)
         full = full_sweep_flops(machine.spec, machine.sweep_tokens)
         self.threshold = Threshold(machine.limits.saturated, full)
-        self._took_s = self._predicted_s = 1.0  # of sweeps, older ones counting less
+        self._took_s = self._predicted_s = 0.0  # of sweeps, older ones counting less
         self._schedule, self._lead = schedule, lead
         self._given: list[deque[_Given]] = [deque() for _ in range(num_ranks)]
         self._begun = [0] * num_ranks  # layers that a rank had finished before the sweep that it computes
@@ -64,7 +64,7 @@ class Dispatch:
     @property
     def pace(self) -> float:
         """Seconds that sweeps take, over what is predicted."""
-        return self._took_s / self._predicted_s
+        return self._took_s / self._predicted_s if self._took_s and self._predicted_s else 1.0
 
     def busy(self) -> list[bool]:
         return [bool(given) for given in self._given]

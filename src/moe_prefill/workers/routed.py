@@ -91,9 +91,14 @@ class RoutedEngine(ProcessEngine):
         """What the frontend believes of each worker."""
         return self._routes.machine
 
+    @property
+    def pace(self) -> float:
+        """Seconds that sweeps took, over what was predicted."""
+        return self._routes.pace
+
     def backlog_s(self) -> float:
         """Predicted seconds until everything taken in has been computed."""
-        return self._routes.pace * self._routes.frontend.backlog_s()
+        return self.pace * self._routes.frontend.backlog_s()
 
     def submit(self, requests: Sequence[AtomicRequest], *, patient: bool = False) -> list[Reply]:
         """Take requests in, together; each gets a reply, from which ``result`` raises RowError (it cannot be computed),
