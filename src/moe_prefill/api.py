@@ -7,14 +7,14 @@ be answered carries its error in its result and leaves the others alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import EngineConfig
 from .core import AtomicResult, PreparedRow, RunStats, ScoringEngine
-from .errors import RowError
+from .errors import RowError, UsageError
 from .tasks import Task, TaskConfig, build_task, config_from_mapping
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Scoring:
     error: str | None = None
 
 
+Result = TypeVar("Result", Classification, Choice, Selection, Ranking, Scoring)
+
+
 class Engine:
     """A model ready to score, on one device or, with ``gpus=N``, in N worker processes.
 
@@ -94,6 +97,10 @@ class Engine:
         from .text import Tokenizer
         from .workers import build_scoring
 
+        known = [field.name for field in fields(EngineConfig)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise UsageError(f"there is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         self.config = EngineConfig(model=str(model), **settings)
         directory = resolve_directory(self.config.model, revision=self.config.revision, weights=False)
         self.tokenizer: Tokenizer = Tokenizer.from_directory(directory)
@@ -101,68 +108,28 @@ class Engine:
 
     def classify(self, rows: Rows, *, labels: Sequence[Any], **options: Any) -> list[Classification]:
         """One of ``labels`` for each row. Options are the fields of ``tasks.ClassifyConfig``."""
-        return [
-            Classification(
-                label=values.get("predicted_label"),
-                probability=values.get("probability"),
-                probabilities=values.get("probabilities"),
-                error=values.get("error"),
-            )
-            for values in self._answers("classify", rows, {"labels": labels, **options})
-        ]
+        given = {"labels": labels, **options}
+        return self._results(Classification, "classify", rows, given, label="predicted_label")
 
     def choose(self, rows: Rows, **options: Any) -> list[Choice]:
         """One of a row's options, named by letters in the prompt. Options are the fields of ``tasks.ChooseConfig``."""
-        return [
-            Choice(
-                identifier=values.get("choice"),
-                index=values.get("choice_index"),
-                text=values.get("choice_text"),
-                probability=values.get("probability"),
-                probabilities=values.get("probabilities"),
-                error=values.get("error"),
-            )
-            for values in self._answers("choose", rows, options)
-        ]
+        columns = {"identifier": "choice", "index": "choice_index", "text": "choice_text"}
+        return self._results(Choice, "choose", rows, options, **columns)
 
     def select(self, rows: Rows, **options: Any) -> list[Selection]:
         """All candidates that apply. Options are the fields of ``tasks.SelectConfig``."""
-        return [
-            Selection(
-                selected=values.get("selected"), probabilities=values.get("probabilities"), error=values.get("error")
-            )
-            for values in self._answers("select", rows, options)
-        ]
+        return self._results(Selection, "select", rows, options)
 
     def rank(self, rows: Rows, **options: Any) -> list[Ranking]:
         """Candidates from best to worst. Options are the fields of ``tasks.RankConfig``."""
-        return [
-            Ranking(
-                candidates=values.get("ranking"),
-                scores=values.get("ranking_scores"),
-                indices=values.get("ranking_indices"),
-                error=values.get("error"),
-            )
-            for values in self._answers("rank", rows, options)
-        ]
+        columns = {"candidates": "ranking", "scores": "ranking_scores", "indices": "ranking_indices"}
+        return self._results(Ranking, "rank", rows, options, **columns)
 
     def score(self, rows: Rows, **options: Any) -> list[Scoring]:
         """Log-probabilities of continuations, documents or given ids. Options are the fields of
         ``tasks.ScoreConfig``.
         """
-        return [
-            Scoring(
-                logprob=values.get("logprob"),
-                num_tokens=values.get("num_tokens"),
-                tokens=values.get("tokens"),
-                token_logprobs=values.get("token_logprobs"),
-                is_greedy=values.get("is_greedy"),
-                top_logprobs=values.get("top_logprobs"),
-                candidate_logprobs=values.get("candidate_logprobs"),
-                error=values.get("error"),
-            )
-            for values in self._answers("score", rows, options)
-        ]
+        return self._results(Scoring, "score", rows, options)
 
     @property
     def stats(self) -> RunStats:
@@ -179,7 +146,19 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _results(
+        self, made: type[Result], kind: str, rows: Rows, options: Mapping[str, Any], **columns: str
+    ) -> list[Result]:
+        """A record for each row, whose fields are the task's columns of the same name, or those of ``columns``."""
+        names = {field.name: columns.get(field.name, field.name) for field in fields(made)}
+        return [
+            made(**{name: values.get(column) for name, column in names.items()})
+            for values in self._answers(kind, rows, options)
+        ]
+
     def _answers(self, kind: str, rows: Rows, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if isinstance(rows, str | Mapping):
+            raise UsageError(f"rows is one {type(rows).__name__}; give a list of rows, also for a single one")
         config = config_from_mapping(kind, options)
         table = [row if isinstance(row, Mapping) else {config.text_column: row} for row in rows]
         if not table:

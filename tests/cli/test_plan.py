@@ -27,9 +27,9 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 def test_the_large_model_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, *BIG, "--hbm-gib", "139", "--host-gib", "128", "--tokens-per-request", "4096")
-    assert found["residency"].count("O") == pytest.approx(47, abs=3)
+    assert found["residency"].count("O") == pytest.approx(42, abs=3)
     assert found["peak_device_bytes"] == sum(found["device_bytes"].values()) <= 139 * GIB
-    assert 97 * GIB <= found["host_bytes"]["pinned banks"] <= found["peak_host_bytes"] <= 128 * GIB
+    assert 93 * GIB <= found["host_bytes"]["pinned banks"] <= found["peak_host_bytes"] <= 128 * GIB
     assert found["sweep_tokens"] >= 65536
     assert found["saturation"]["tokens"] <= found["sweep_tokens"]
     assert found["saturation"]["t_paper"] > 0
@@ -89,8 +89,8 @@ def test_a_measured_profile_is_named_and_decides(capsys: pytest.CaptureFixture[s
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "16", "--host-gib", "8"], 6, "--host-gib; all banks take 54.00"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "3"], 6, "no sweep fits"),
         ([*BIG, "--hbm-gib", "139", "--max-sweep-tokens", "90000000"], 6, "the largest sweep that fits has"),
-        ([*BIG, "--hbm-gib", "139", "--transport", "pigeon"], 2, "must be one of copy-engine, nccl"),
-        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--quantization", "int4"], 2, "must be one of None, fp8"),
+        ([*BIG, "--hbm-gib", "139", "--transport", "pigeon"], 2, "is not one of 'copy-engine', 'nccl'"),
+        (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--quantization", "int4"], 2, "'int4' is not one of 'fp8'"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--gpu", "Abacus"], 2, "nothing is known of the speed"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--profile", "missing.json"], 2, "cannot be read"),
         (["--model", "Qwen3-30B-A3B", "--hbm-gib", "80", "--tokens-per-request", "0"], 2, "at least 1"),

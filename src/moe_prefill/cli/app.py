@@ -22,8 +22,8 @@ from .bench import bench
 from .calibrate import calibrate
 from .commands import run_task
 from .fields import keyword, make_command, parameters_of
-from .flags import ENGINE_FLAGS, JOB_FLAGS, TASK_FLAGS, RunOptions
-from .plan import plan
+from .flags import ENGINE_FLAGS, JOB_FLAGS, PLAN_ENGINE_FLAGS, PLAN_FLAGS, TASK_FLAGS, RunOptions
+from .plan import PlanOptions, plan
 from .report import show_metrics
 from .run_batch import run_batch
 from .serve import api_key, serve
@@ -121,7 +121,8 @@ app.command("calibrate")(calibrate)
 app.command("bench")(bench)
 
 
-app.command("plan")(plan)
+_plan_parameters = [*parameters_of(EngineConfig, PLAN_ENGINE_FLAGS), *parameters_of(PlanOptions, PLAN_FLAGS)]
+app.command("plan")(make_command(_plan_parameters, plan, str(plan.__doc__)))
 
 
 app.command("simulate")(simulate_command)

@@ -108,6 +108,37 @@ JOB_FLAGS = {
 }
 
 
+PLAN_ENGINE_FLAGS = {
+    name: dataclasses.replace(ENGINE_FLAGS[name], panel=None)
+    for name in (
+        "memory_gib",
+        "revision",
+        "strategy",
+        "dtype",
+        "quantization",
+        "residency",
+        "max_sweep_tokens",
+        "chunk_rows",
+        "prefetch_depth",
+        "transport",
+        "kv_gib",
+        "profile",
+    )
+} | {
+    "model": Flag(help="A preset's name, a model directory or a hub id.", names=("--model", "-m")),
+    "num_layers": Flag(help="Plan for this depth."),
+    "gpus": Flag(help="GPUs of one host; default: 1."),
+    "host_gib": Flag(help="Host memory; default: no limit."),
+}
+
+PLAN_FLAGS = {
+    "gpu": Flag(help="Without a profile: estimate from this GPU's datasheet."),
+    "tokens_per_request": Flag(help="Length of requests that speed is predicted for."),
+    "json": Flag(help="One JSON object.", names=("--json",)),
+    "debug": Flag(help="Show the traceback of an error.", names=("--debug",)),
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """Options of a run that are neither the task's nor the engine's."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..config import EngineConfig
 from ..core import ModelSpec
@@ -20,6 +18,7 @@ from ..memory import GIB
 from ..models import preset, preset_names, spec_from_hf
 from ..residency import TOKENS_PER_REQUEST, Budget, ResidencyPlan, plan_for, predicted_sweep
 from ..residency.speed import PRECISIONS, with_chunks
+from .fields import given
 
 _UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
 _STORED = {"float16": "bfloat16"}  # what the published type is computed in
@@ -30,9 +29,10 @@ class PlanOptions:
     """What is planned for. ``gpu``: whose datasheet speed is estimated from where the settings name no profile."""
 
     config: EngineConfig
-    gpu: str
-    tokens_per_request: int
-    json: bool
+    gpu: str = "H200"
+    tokens_per_request: int = TOKENS_PER_REQUEST
+    json: bool = False
+    debug: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens_per_request < 1:
@@ -53,58 +53,15 @@ class Forecast:
     unsaturated: str | None
 
 
-def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="A preset's name, a model directory or a hub id.")],
-    hbm_gib: Annotated[float, typer.Option("--hbm-gib", help="Memory to use of each GPU.")],
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs of one host.")] = 1,
-    host_gib: Annotated[float | None, typer.Option("--host-gib", help="Host memory; default: no limit.")] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="asyncep, or one to compare with.")] = "asyncep",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
-    quantization: Annotated[str | None, typer.Option("--quantization", help="fp8: 8-bit experts.")] = None,
-    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Plan for this depth.")] = None,
-    residency: Annotated[str | None, typer.Option("--residency", help="As of the task commands.")] = None,
-    max_sweep_tokens: Annotated[int | None, typer.Option("--max-sweep-tokens", help="Tokens of one sweep.")] = None,
-    chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of a layer at a time.")] = None,
-    prefetch_depth: Annotated[int | None, typer.Option("--prefetch-depth", help="Banks that fill ahead.")] = None,
-    transport: Annotated[str, typer.Option("--transport", help="copy-engine or nccl.")] = "copy-engine",
-    kv_gib: Annotated[float | None, typer.Option("--kv-gib", help="Memory that keeps prefixes.")] = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", metavar="FILE", help="Rates that moe-prefill calibrate measured.")
-    ] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help="Without a profile: estimate from this GPU's datasheet.")] = "H200",
-    tokens_per_request: Annotated[
-        int, typer.Option("--tokens-per-request", help="For the prediction.")
-    ] = TOKENS_PER_REQUEST,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
+def plan(**values: Any) -> None:
     """Memory, residency, sweep size and predicted speed of a model on given GPUs; needs neither GPU nor weights."""
-    config = EngineConfig(
-        model=model,
-        revision=revision,
-        memory_gib=hbm_gib,
-        gpus=gpus,
-        host_gib=host_gib,
-        strategy=strategy,  # type: ignore[arg-type]  # checked by the config
-        dtype=dtype,
-        quantization=quantization,  # type: ignore[arg-type]  # checked by the config
-        num_layers=num_layers,
-        residency=residency,
-        max_sweep_tokens=max_sweep_tokens,
-        chunk_rows=chunk_rows,
-        prefetch_depth=prefetch_depth,
-        kv_gib=kv_gib,
-        profile=profile,
-        transport=transport,  # type: ignore[arg-type]  # checked by the config
-    )
-    options = PlanOptions(
-        config=config,
-        gpu=gpu,
-        tokens_per_request=tokens_per_request,
-        json=as_json,
-    )
-    show_plan(options)
+    for name, flag, what in (
+        ("model", "--model", "a preset's name, a directory or a hub id"),
+        ("memory_gib", "--hbm-gib", "the memory to use of each GPU"),
+    ):
+        if values[name] is None:
+            raise UsageError(f"{flag} is needed: {what}")
+    show_plan(PlanOptions(config=EngineConfig(**given(values, EngineConfig)), **given(values, PlanOptions)))
 
 
 def show_plan(options: PlanOptions) -> None:
