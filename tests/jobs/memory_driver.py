@@ -1,4 +1,7 @@
-"""A job with a task that costs nothing, then the peak memory of this process: python memory_driver.py INPUT OUTPUT."""
+"""A job with a task that costs nothing, then the peak memory of this process in bytes.
+
+    python tests/jobs/memory_driver.py INPUT OUTPUT [TOKENS_OF_A_SWEEP]
+"""
 
 import sys
 from pathlib import Path
@@ -15,10 +18,12 @@ RESULT = AtomicResult(np.zeros(1, np.float32))
 
 
 class QuickEngine:
-    limits = EngineLimits(max_request_tokens=100, max_sweep_tokens=4096, vocab_size=10)
     stats = RunStats()
     plan_digest = "quick"
     peak_flops = None
+
+    def __init__(self, sweep_tokens: int) -> None:
+        self.limits = EngineLimits(max_request_tokens=100, max_sweep_tokens=sweep_tokens, vocab_size=10)
 
     def score(self, requests: Any) -> list[AtomicResult]:
         return [RESULT] * len(requests)
@@ -38,7 +43,9 @@ class QuickTask(FakeTask):
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]), window_rows=None, engine=QuickEngine(), task=QuickTask())
+    source, output, *sweep_tokens = sys.argv[1:]
+    engine = QuickEngine(int(sweep_tokens[0]) if sweep_tokens else 4096)
+    run(Path(source), Path(output), window_rows=None, engine=engine, task=QuickTask())
     # Not getrusage: its peak can be that of the process that started this one.
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(lines["VmHWM"].split()[0]) * 1024)
