@@ -39,7 +39,7 @@ from .levels import (
     staged_shards,
 )
 from .plan import Budget, Pins, ResidencyPlan, Speed
-from .record import DTYPE_BYTES, bank_bytes, shard_bytes
+from .record import DTYPE_BYTES, bank_bytes, block_scale_bytes, shard_bytes
 
 _RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
 _HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
@@ -259,11 +259,12 @@ class _Planner:
 
 def weight_bytes(spec: ModelSpec, element: int, *, float8: bool = False) -> dict[str, int]:
     """Bytes of everything but the banks, by purpose; each rank of asyncep holds all of it. ``float8``: linear maps are
-    kept with one byte a value and four a row.
+    kept with one byte a value and four a row, and experts may have scales of blocks, which do not move with them.
     """
     shapes = slot_shapes(spec)
     sizes = {name: math.prod(shape) * element for name, shape in shapes.items()}
     if float8:
         sizes |= {name: math.prod(shapes[name]) + 4 * shapes[name][0] for name in float8_slots(shapes)}
+        sizes["scales of experts"] = spec.num_sparse_layers * block_scale_bytes(spec)
     ends = sum(size for name, size in sizes.items() if name in ("embed", "lm_head"))
     return {"embedding and head": ends, "attention, routers, dense": sum(sizes.values()) - ends}

@@ -67,6 +67,12 @@ def bank_bytes(spec: ModelSpec, dtype: str) -> int:
     return spec.num_experts * expert_record(spec, dtype).num_bytes
 
 
+def block_scale_bytes(spec: ModelSpec) -> int:
+    """Bytes of the scales of one layer's blocks: float32, two grids of three matrices an expert (``ops.experts``)."""
+    blocks = -(-spec.expert_size // 128) * -(-spec.hidden_size // 128)
+    return spec.num_experts * 2 * 3 * blocks * 4
+
+
 def shard_of(num_experts: int, rank: int, size: int) -> range:
     """The experts that a rank of ``size`` keeps: contiguous, in order of ranks, their numbers differ by at most one."""
     return range(rank * num_experts // size, (rank + 1) * num_experts // size)
