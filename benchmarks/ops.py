@@ -107,14 +107,13 @@ class Ceilings:
         self.flops = min(self.flops, self._matmul())
 
     def bytes_per_s(self, num_bytes: int) -> float:
-        """Of a copy that reads and writes about ``num_bytes`` in all: to one of few sizes, since small ones stay in
-        the cache.
-        """
+        """Of a copy that reads and writes about ``num_bytes`` in all; small ones stay in the cache."""
         size = 1 << max(16, min(31, round(np.log2(num_bytes / 2))))
         if size not in self._copies:
-            source = torch.empty(size, dtype=torch.uint8, device=self._clock.device)
+            source = torch.zeros(size // 2, dtype=torch.bfloat16, device=self._clock.device)
             target = torch.empty_like(source)
-            self._copies[size] = 2 * size / self._clock.seconds(lambda: target.copy_(source))
+            # Not copy_: a graph gives that to a copy engine, which is slower than a kernel.
+            self._copies[size] = 2 * size / self._clock.seconds(lambda: torch.neg(source, out=target))
         return self._copies[size]
 
     def _matmul(self) -> float:
@@ -152,11 +151,7 @@ class Layer:
 
     def norms(self) -> Iterator[Case]:
         x, delta, norm, eps = self.x, self.delta, self.norm, self.spec.norm_eps
-        # The same delta again and again would grow without bound; a residual of zeros added to leaves it as it is.
-        zeros, size = torch.zeros_like(x), _size(x)
-
-        def native() -> Any:
-            return F.rms_norm(x.add_(zeros), norm.shape, norm, eps)
+        zeros, size = torch.zeros_like(x), _size(x)  # anything else would add up without bound
 
         def both(add: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
             residual = x.clone()
@@ -172,7 +167,7 @@ class Layer:
         yield Case(
             "add_rms_norm",
             lambda: ops.add_rms_norm_(x, zeros, norm, eps),
-            native,
+            lambda: F.rms_norm(x.add_(zeros), norm.shape, norm, eps),
             lambda: (both(ops.add_rms_norm_), both(ref_add_rms_norm_)),
             4 * size,
         )
@@ -257,8 +252,7 @@ class Layer:
         yield Case("qkv", lambda: F.linear(self.x, qkv), flops=2 * T * qkv.numel())
         yield from self.output_projection()
         yield self.attention()
-        ends, rows_RD = self.order.ends_E, ops.permute(self.x, self.order)
-        hidden_RI = self.random(R, spec.expert_size)
+        ends, rows_RD, hidden_RI = self.order.ends_E, ops.permute(self.x, self.order), self.random(R, spec.expert_size)
         for name, rows, weight in (("gate_up", rows_RD, self.gate_up), ("down", hidden_RI, self.down)):
             yield Case(
                 name,
@@ -276,21 +270,27 @@ class Layer:
         )
 
     def output_projection(self) -> Iterator[Case]:
-        """The projection, the residual and the norm behind it, in three ways."""
+        """The projection, the residual and the norm behind it, in one op and in two."""
         attended, residual = self.random(self.rows, self.q_width), self.x.clone()
         out = self.random(self.spec.hidden_size, self.q_width, scale=self.q_width**-0.5)
         norm, eps, flops = self.norm, self.spec.norm_eps, 2 * self.rows * out.numel()
         small = out * 1e-6  # the residual is written again and again
+
+        onto, wanted = self.x.clone(), self.x.clone()
         yield Case("o", lambda: F.linear(attended, out), flops=flops)
         yield Case(
-            "o, add and norm",
+            "linear, add_rms_norm",
             lambda: ops.add_rms_norm_(residual, F.linear(attended, small), norm, eps),
             lambda: F.rms_norm(residual + F.linear(attended, small), norm.shape, norm, eps),
             flops=flops,
         )
         yield Case(
-            "o onto the residual, norm",
-            lambda: ops.rms_norm(residual.addmm_(attended, small.t()), norm, eps),
+            "linear_add_rms_norm",
+            lambda: ops.linear_add_rms_norm_(attended, small, None, residual, norm, eps),
+            check=lambda: (
+                [ops.linear_add_rms_norm_(attended, out, None, onto, norm, eps), onto],
+                [ref_add_rms_norm_(wanted, F.linear(attended, out), norm, eps), wanted],
+            ),
             flops=flops,
         )
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-_SLOTS = 256  # of a block: ranks compare each slot with all of its block
+_SLOTS = 128  # of a block: ranks compare each slot with all of its block
 _STEP = 32
 _SCANNED = 1024  # blocks that are summed at a time
 
