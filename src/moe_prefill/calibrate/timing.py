@@ -37,5 +37,6 @@ def _wall(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has done its work already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -5,14 +5,13 @@ from .flops import LayerFlops, batch_flops, layer_flops, sweep_flops
 from .predict import SweepPrediction, predict_sweep
 from .saturation import Saturation, Window, saturation, tightest_window
 from .seconds import head_seconds, layer_seconds
-from .streaming import BankCopy, Exposure, Level, Peer, bank_copies, exposure
+from .streaming import BankCopy, Level, Peer, bank_copies, exposure
 from .work import PARTS, Part, Work, head_work, layer_work
 
 __all__ = [
     "PARTS",
     "BankCopy",
     "Batch",
-    "Exposure",
     "LayerFlops",
     "Level",
     "Part",

@@ -60,6 +60,7 @@ def carried_rows(spec: ModelSpec, index: int, batch: Batch) -> Rows:
 
 
 def head_flops(spec: ModelSpec, batch: Batch) -> int:
+    """FLOPs of the LM head's products: of the rows of its matrix that are read, summed over asked positions."""
     return 2 * spec.hidden_size * batch.head_rows
 
 

@@ -7,7 +7,6 @@ from .layout import BankLayout
 from .nccl import NcclTransport
 from .peer import PeerTransport
 from .ranks import ALONE, Ranks
-from .shared_memory import SharedBlock
 from .source import BankSource, ResidentBanks
 from .stats import LayerTransfer, TransferStats
 from .streamed import StreamedBanks
@@ -29,7 +28,6 @@ __all__ = [
     "Ranks",
     "ResidentBanks",
     "Setup",
-    "SharedBlock",
     "StreamedBanks",
     "TransferStats",
     "Transport",

@@ -21,6 +21,7 @@ class Counts:
         return self.errors.total()
 
     def add(self, other: Counts) -> None:
+        """Add another part's counts to these."""
         self.rows += other.rows
         self.errors.update(other.errors)
         self.notes.update(other.notes)
@@ -36,6 +37,7 @@ class Counts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Counts:
+        """Read what ``to_json`` wrote."""
         rows, errors, notes, pairs = (data[name] for name in ("rows", "errors", "notes", "pairs"))
         assert isinstance(rows, int)
         assert isinstance(errors, dict)
@@ -45,6 +47,7 @@ class Counts:
 
     @classmethod
     def total(cls, counts: Iterable[Counts]) -> Counts:
+        """The sum of all parts' counts."""
         result = cls()
         for one in counts:
             result.add(one)

@@ -110,6 +110,7 @@ def label_metrics(counts: Counts, known: Sequence[str] | None = None) -> LabelMe
 
 
 def ratio(part: float, whole: float) -> float:
+    """``part / whole``, 0 where there is no whole."""
     return part / whole if whole else 0.0
 
 

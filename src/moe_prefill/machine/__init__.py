@@ -3,7 +3,7 @@
 from .curve import Curve
 from .datasheet import DATASHEETS, Datasheet, datasheet, datasheet_peak
 from .estimate import estimated_profile
-from .profile import FORMAT_VERSION, MachineProfile, Precision, Transport, load_profile, save_profile
+from .profile import FORMAT_VERSION, MachineProfile, Transport, load_profile, save_profile
 
 __all__ = [
     "DATASHEETS",
@@ -11,7 +11,6 @@ __all__ = [
     "Curve",
     "Datasheet",
     "MachineProfile",
-    "Precision",
     "Transport",
     "datasheet",
     "datasheet_peak",

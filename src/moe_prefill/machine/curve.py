@@ -47,6 +47,7 @@ class Curve:
 
     @property
     def best(self) -> float:
+        """The highest rate that was measured."""
         return max(self.rates)
 
     @overload
@@ -61,4 +62,5 @@ class Curve:
         return rates if isinstance(size, np.ndarray) else float(rates)
 
     def scaled(self, factor: float) -> Curve:
+        """The same sizes with all rates times ``factor``."""
         return Curve(self.sizes, tuple(rate * factor for rate in self.rates))

@@ -120,4 +120,5 @@ def agreed_plan(config: EngineConfig, share: Share, ranks: RankGroup, dtype: tor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As settings have it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

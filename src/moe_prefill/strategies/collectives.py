@@ -52,6 +52,7 @@ class Traffic:
     sent: defaultdict[tuple[int, str], Fraction] = field(default_factory=lambda: defaultdict(Fraction))
 
     def add(self, operation: str, num_bytes: int | Fraction) -> None:
+        """Count bytes of the current layer."""
         if num_bytes:
             self.sent[self.layer, operation] += num_bytes
 

@@ -48,9 +48,11 @@ class Link:
     traffic: Traffic
 
     def receive(self, x_TD: torch.Tensor) -> Transfer:
+        """Begin to fill ``x_TD`` with what the neighbour sends."""
         return Transfer(x_TD, _started(dist.irecv(x_TD, self.peer, group=self.group)))
 
     def send(self, x_TD: torch.Tensor) -> Transfer:
+        """Begin to send ``x_TD``, which must stay as it is until it has arrived."""
         self.traffic.add("send", x_TD.nbytes)
         computed = torch.cuda.current_stream().record_event() if x_TD.is_cuda else None
         return Transfer(x_TD, _started(dist.isend(x_TD, self.peer, group=self.group)), computed)

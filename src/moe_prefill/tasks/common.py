@@ -102,14 +102,17 @@ def label_lengths(prepared: PreparedRow) -> Float64Array:
 
 
 def asked_of(prepared: PreparedRow) -> Ask:
+    """What a row asked."""
     return _state(prepared)[0]
 
 
 def prefixed(columns: Sequence[Column], prefix: str) -> tuple[Column, ...]:
+    """The columns with ``prefix`` before their names."""
     return tuple(Column(name=prefix + column.name, kind=column.kind) for column in columns)
 
 
 def check_outputs(outputs: Sequence[Column], columns: Sequence[str] | None) -> None:
+    """Raise TaskError for output columns that the table has already."""
     clash = [column.name for column in outputs if columns is not None and column.name in columns]
     if clash:
         raise TaskError(

@@ -47,6 +47,7 @@ class LabelPlan:
     longest: int  # tokens that the longest request adds to the context
 
     def requests(self, context: Int32Array) -> tuple[AtomicRequest, ...]:
+        """The requests that score all labels after ``context``, int32 [T]."""
         last = np.int32(len(context) - 1)
         return tuple(
             AtomicRequest(

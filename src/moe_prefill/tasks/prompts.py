@@ -198,6 +198,7 @@ class Prompter:
 
 
 def chat_template_of(config: TaskConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's chat template where the task asks for it. Raises ModelError and UsageError."""
     if not config.chat:
         return None
     return ChatTemplate.of(tokenizer.chat_template, tokenizer.special_tokens, config.chat_date)
@@ -249,6 +250,7 @@ def check_vocabulary(ids: Int32Array, tokenizer: Tokenizer, vocab_size: int) -> 
 
 
 def too_long(count: int, limit: int, truncate: Truncate) -> RowError:
+    """The error of a prompt of ``count`` tokens where ``limit`` fit."""
     remedy = (
         "shorten it, or let it be cut with --truncate left, right or middle"
         if truncate == "error"

@@ -38,10 +38,12 @@ class SchemaInference:
         self._root = _Node("object")
 
     def add(self, row_values: dict[str, object], row: int) -> None:
+        """Take in the object of row ``row`` (from 0). Raises InputError."""
         for name, value in row_values.items():
             _merge(self._root.fields.setdefault(name, _Node()), value, row, name)
 
     def schema(self, columns: Iterable[str]) -> pa.Schema:
+        """The types found so far, of these columns. Raises InputError for one that Parquet cannot hold."""
         import pyarrow as pa
 
         return pa.schema([(name, _arrow(self._root.fields[name], name)) for name in columns])

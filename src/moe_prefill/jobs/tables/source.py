@@ -74,6 +74,7 @@ def choose_format(files: Sequence[Path], given: str | None) -> Format:
 
 
 def check_format(name: str) -> Format:
+    """``name`` as a format. Raises UsageError."""
     for known in FORMATS:
         if known == name:
             return known
