@@ -3,9 +3,10 @@
     python benchmarks/server_load.py --out benchmarks/results/server.json
 
 Clients are threads of this process with persistent connections; the server is a process of its own, its engine with
-``--threads`` threads, so on a machine of few cores the clients take from the server's share. Rows are the shipped
-mails as classify prompts. Rates are at saturation, engine and server in turn, the median of ``--rounds``. The frontend
-alone has an engine that answers at once; over its ``--requests`` requests the growth of its memory is measured.
+``--threads`` threads, so on a machine of few cores the clients take from the server's share. Rows are classify prompts:
+the shipped mails, and rows of 1,000 tokens. Rates are at saturation, engine and server in turn, the median of
+``--rounds``. The frontend alone has an engine that answers at once; over its ``--requests`` requests the growth of its
+memory is measured. Rows are sent again and again, so the server keeps no prefixes (``--kv-gib 0``). About six minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def serve_instant() -> None:
     from moe_prefill.server.run import serve
     from moe_prefill.server.settings import ServerConfig
 
-    workers.build_scoring = lambda config: InstantEngine()  # type: ignore[assignment]
+    workers.build_scoring = lambda config: InstantEngine()
     serve(ServerConfig(port=0, warmup="off", log_level="info"), EngineConfig(model=str(MODEL)))
 
 
@@ -81,7 +83,7 @@ def server(command: Sequence[str]) -> Iterator[tuple[int, int]]:
                 time.sleep(0.05)
             address = json.loads(next(line for line in log.read_text().splitlines() if "running on http" in line))
             port = int(address["message"].split()[2].rpartition(":")[2])
-            while get(port, "/ready") != 200:
+            while get(port, "/ready")[0] != 200:
                 time.sleep(0.05)
             yield port, process.pid
         finally:
@@ -89,12 +91,13 @@ def server(command: Sequence[str]) -> Iterator[tuple[int, int]]:
             process.wait()
 
 
-def get(port: int, path: str) -> int:
+def get(port: int, path: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path)
-    status = connection.getresponse().status
+    reply = connection.getresponse()
+    told = reply.status, reply.read()
     connection.close()
-    return status
+    return told
 
 
 def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> dict[str, Any]:
@@ -162,64 +165,108 @@ def start_batch(port: int, texts: Sequence[str]) -> None:
     post(connection, "/v1/batches", json.dumps({"input_file_id": file_id, "endpoint": "/v1/classify"}).encode())
 
 
+def batch_runs(port: int) -> bool:
+    (batch,) = json.loads(get(port, "/v1/batches")[1])["data"]
+    return bool(batch["status"] == "in_progress")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Rows that are sent ``items`` a call by ``clients`` at once; rates are at saturation."""
+
+    name: str
+    texts: Sequence[str]
+    items: int
+    clients: int
+
+    def measure(self, port: int, engine: Engine, rounds: int) -> dict[str, Any]:
+        """The engine alone and behind HTTP in turn; medians, and the median of the rounds' ratios."""
+        bodies = bodies_of(self.texts, self.items)
+        load(port, bodies[: self.clients], self.clients, self.clients)
+        alone, behind = [], []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            engine.classify(self.texts, **TASK)
+            alone.append(len(self.texts) / (time.perf_counter() - begin))
+            seconds, _ = load(port, bodies, self.clients, len(bodies))
+            behind.append(len(self.texts) / seconds)
+        ratios = [http / only for http, only in zip(behind, alone, strict=True)]
+        return {
+            "rows": self.name,
+            "tokens_per_row": round(statistics.mean(len(engine.tokenizer.encode(text)) for text in self.texts[:64])),
+            "items_per_call": self.items,
+            "clients": self.clients,
+            "engine_rows_per_s": round(statistics.median(alone), 1),
+            "http_rows_per_s": round(statistics.median(behind), 1),
+            "http_over_engine": round(statistics.median(ratios), 4),
+        }
+
+
+def cells_of(arguments: argparse.Namespace, engine: Engine) -> list[Cell]:
+    texts = mails(arguments.rows)
+    ids = [engine.tokenizer.encode("\n".join(texts[at : at + 32]))[:1000] for at in range(arguments.long_rows)]
+    long = [engine.tokenizer.decode(row) for row in ids]
+    assert all(len(row) == 1000 for row in ids), "the mails are too short for rows of 1,000 tokens"
+    return [
+        Cell("mails", texts, arguments.items, 8),
+        Cell("1,000 tokens", long, 1, 16),
+        Cell("mails", texts, 1, 32),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
-    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--long-rows", type=int, default=48)
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--latencies", type=int, default=200)
     parser.add_argument("--requests", type=int, default=200_000)
     arguments = parser.parse_args()
-    texts = mails(arguments.rows)
-    report = {**against_engine(arguments, texts), **frontend_only(arguments, texts)}
-    report["requests"] = arguments.requests
+    report = {**against_engine(arguments), **frontend_only(arguments), "requests": arguments.requests}
+    report["threads"] = arguments.threads
+    report["cpu"] = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     report["command"] = " ".join(["python", *sys.argv])
     report["date"] = datetime.date.today().isoformat()
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
-def against_engine(arguments: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
-    engine_rates, http_rates, single_rates = [], [], []
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def against_engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Throughput of the cells; latency of single rows alone and beside a batch."""
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "moe_prefill.cli", "serve", "--model", str(MODEL), "--port", "0"]
-        command += ["--threads", str(arguments.threads), "--data-dir", data]
+        command += ["--threads", str(arguments.threads), "--data-dir", data, "--kv-gib", "0"]
         with server(command) as (port, _), Engine(MODEL, threads=arguments.threads) as engine:
-            grouped, single = bodies_of(texts, arguments.items), bodies_of(texts, 1)
-            load(port, grouped[:4], 2, 4)
-            engine.classify(texts[:128], **TASK)
-            for _ in range(arguments.rounds):
-                begin = time.perf_counter()
-                engine.classify(texts, **TASK)
-                engine_rates.append(len(texts) / (time.perf_counter() - begin))
-                seconds, _ = load(port, grouped, 8, len(grouped))
-                http_rates.append(len(texts) / seconds)
-                seconds, _ = load(port, single, 32, len(single))
-                single_rates.append(len(texts) / seconds)
-            _, alone = load(port, single, SINGLE_CLIENTS, 400)
-            start_batch(port, texts * 4)
+            cells = [cell.measure(port, engine, arguments.rounds) for cell in cells_of(arguments, engine)]
+            texts = mails(arguments.rows)
+            single = bodies_of(texts, 1)
+            _, alone = load(port, single, SINGLE_CLIENTS, arguments.latencies)
+            start_batch(port, texts * 8)
             time.sleep(1.0)
-            _, beside = load(port, single, SINGLE_CLIENTS, 400)
-    engine_rate, http_rate = statistics.median(engine_rates), statistics.median(http_rates)
+            _, beside = load(port, single, SINGLE_CLIENTS, arguments.latencies)
+            assert batch_runs(port), "the batch ended before the latencies beside it were measured"
     return {
-        "engine_rows_per_s": round(engine_rate, 1),
-        "http_rows_per_s": round(http_rate, 1),
-        "http_share_of_engine": round(http_rate / engine_rate, 4),
-        "http_single_rows_per_s": round(statistics.median(single_rates), 1),
+        "engine_rows_per_s": cells[0]["engine_rows_per_s"],
+        "http_rows_per_s": cells[0]["http_rows_per_s"],
         "items_per_call": arguments.items,
-        "threads": arguments.threads,
         "p50_ms": quantile_ms(alone, 0.5),
         "p99_ms": quantile_ms(alone, 0.99),
-        "p50_ms_beside_batch": quantile_ms(beside, 0.5),
         "p99_ms_beside_batch": quantile_ms(beside, 0.99),
-        "clients": SINGLE_CLIENTS,
+        "cells": cells,
     }
 
 
-def frontend_only(arguments: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
+def frontend_only(arguments: argparse.Namespace) -> dict[str, Any]:
     with server([sys.executable, __file__, "--serve-instant"]) as (port, pid):
-        bodies = bodies_of(texts, 1)
+        bodies = bodies_of(mails(arguments.rows), 1)
         load(port, bodies, 8, WARM_REQUESTS)
         before = rss_mib(pid)
         seconds, _ = load(port, bodies, 8, arguments.requests)

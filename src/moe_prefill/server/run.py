@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from contextlib import closing
@@ -42,6 +43,7 @@ _LAST_REPLIES_S = 5.0  # for replies that are being written when the queue is em
 def serve(server: ServerConfig, engine: EngineConfig) -> None:
     """Load the model and serve until SIGTERM. Raises what is wrong with settings and model before listening."""
     set_up(server.log_level)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own do it; more cost more than they help
     keys, tracer = Keys.read(server.api_keys), tracer_of(server.otlp_endpoint)
     context_of = prepare(server, engine)
     with (
