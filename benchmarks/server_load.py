@@ -6,7 +6,8 @@ Clients are threads of this process with persistent connections; the server is a
 ``--threads`` threads, so on a machine of few cores the clients take from the server's share. Rows are classify prompts:
 the shipped mails, and rows of 1,000 tokens. Rates are at saturation, engine and server in turn, the median of
 ``--rounds``. The frontend alone has an engine that answers at once; over its ``--requests`` requests the growth of its
-memory is measured. Rows are sent again and again, so the server keeps no prefixes (``--kv-gib 0``). About six minutes on two quiet cores.
+memory is measured. Rows are sent again and again, so the server keeps no prefixes (``--kv-gib 0``). About six minutes
+on two quiet cores.
 """
 
 from __future__ import annotations
