@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--layer-experts", type=int, default=4)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    made = describe(options.device)
     with Engine(MODEL, device="cpu", dtype="float32") as engine:
         requests = workloads(engine, options.mails, options.long)
     labels, found, rows = true_labels(options.mails), {}, []
@@ -228,7 +229,7 @@ def main() -> None:
     for row in (*rows, *layers):
         show(row)
     if options.out:
-        report = {**describe(options.device), "rows": rows, "layers": layers}
+        report = {**made, "rows": rows, "layers": layers}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
