@@ -102,6 +102,20 @@ def test_order_and_permutation(tokens, experts, top_k, elsewhere, alignment):
         assert torch.equal(permuted.float()[filled], expected.float()[filled])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuted_and_quantised_in_one_pass(dtype):
+    from moe_prefill.ops.kernels.permute import permute_quantize_kernel
+    from moe_prefill.ops.kernels.quantize import quantize_rows_kernel
+
+    ids = torch.randint(0, 7, (9, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    order = ref_order_by_expert(ids, 5, int((ids < 5).sum()))
+    x = random(9, 56, dtype=dtype)[:, :40]
+    values, scale = permute_quantize_kernel(x, order.row_of_slot_TK, len(order.token_of_row_R))
+    of_token, scale_of_token = quantize_rows_kernel(x)
+    assert torch.equal(values.float(), ref_permute(of_token, order).float())
+    assert torch.equal(scale, scale_of_token[order.token_of_row_R])
+
+
 def test_order_of_more_blocks_than_are_summed_at_a_time(monkeypatch):
     from moe_prefill.ops.kernels import order
 

@@ -11,7 +11,7 @@ from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
 from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_, rms_norm_for
 from .merge import merge_
-from .permute import ExpertOrder, order_by_expert, permute
+from .permute import ExpertOrder, order_by_expert, permute, permute_quantize
 from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
 from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
 from .rope import head_norm_rope, rope_tables
@@ -45,6 +45,7 @@ __all__ = [
     "merge_",
     "order_by_expert",
     "permute",
+    "permute_quantize",
     "quantize_blocks",
     "quantize_rows",
     "rms_norm",

@@ -11,8 +11,8 @@ from .backend import use_triton
 from .block_experts import aligned_rows, block_experts_rows
 from .expert_rows import expert_rows
 from .grouped import has_float8, scaled_grouped_mm
-from .permute import order_by_expert, permute
-from .quantize import quantize_rows, swiglu_quantize
+from .permute import order_by_expert, permute, permute_quantize
+from .quantize import swiglu_quantize
 from .swiglu import ref_swiglu, swiglu
 
 
@@ -69,8 +69,10 @@ def experts(
         hidden_RI = swiglu(scaled_grouped_mm(rows_RD, None, gate_up_E2ID, scales[0], order.ends_E, dtype))
         out_RD = scaled_grouped_mm(hidden_RI, None, down_EDI, scales[1], order.ends_E, dtype)
     else:
-        values_TD, scale_T = quantize_rows(x_TD) if x_scale_T is None else (x_TD, x_scale_T)
-        rows_RD, scale_R = permute(values_TD, order), scale_T.index_select(0, order.token_of_row_R)
+        if x_scale_T is None:
+            rows_RD, scale_R = permute_quantize(x_TD, order)
+        else:
+            rows_RD, scale_R = permute(x_TD, order), x_scale_T.index_select(0, order.token_of_row_R)
         both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], order.ends_E, residual_TD.dtype)
         hidden_RI, scale_R = swiglu_quantize(both_R2I)
         out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], order.ends_E, residual_TD.dtype)

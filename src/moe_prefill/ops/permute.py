@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .backend import use_triton
+from .quantize import ref_quantize_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,3 +83,14 @@ def permute(x_TD: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
 
         return permute_kernel(x_TD, order.row_of_slot_TK, len(order.token_of_row_R))
     return ref_permute(x_TD, order)
+
+
+def permute_quantize(x_TD: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize_rows``, then ``permute`` of values and scales: float8 [R, D] and float32 [R]."""
+    assert len(x_TD) == len(order.row_of_slot_TK), (x_TD.shape, order.row_of_slot_TK.shape)
+    if use_triton(x_TD):
+        from .kernels.permute import permute_quantize_kernel
+
+        return permute_quantize_kernel(x_TD, order.row_of_slot_TK, len(order.token_of_row_R))
+    values_TD, scale_T = ref_quantize_rows(x_TD)
+    return ref_permute(values_TD, order), scale_T.index_select(0, order.token_of_row_R)

@@ -1,10 +1,14 @@
-"""Copy each token's row to its K places among the experts' rows. T tokens, D channels, K top-k, R rows."""
+"""Copy each token's row to its K places among the experts' rows, as it is or quantised. T tokens, D channels, K top-k,
+R rows.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from .quantize import quantized_outputs, scaled_row
 
 
 @triton.jit
@@ -18,10 +22,35 @@ def _permute_kernel(x_ptr, row_of_slot_ptr, out_ptr, x_stride, D, K: tl.constexp
         tl.store(out_ptr + row * D + column, x, mask=inside & (row >= 0))
 
 
+@triton.jit
+def _permute_quantize_kernel(
+    x_ptr,
+    row_of_slot_ptr,
+    out_ptr,
+    scale_ptr,
+    x_stride,
+    D,
+    K: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    values = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scaled, scale = scaled_row(values, LEAST, MOST)
+    scaled = scaled.to(out_ptr.dtype.element_ty)
+    for k in tl.static_range(K):
+        row = tl.load(row_of_slot_ptr + token * K + k).to(tl.int64)
+        tl.store(out_ptr + row * D + column, scaled, mask=inside & (row >= 0))
+        tl.store(scale_ptr + row, scale, mask=row >= 0)
+
+
 def permute_kernel(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
     """``out[row_of_slot[t, k]] = x[t]``, nothing where that row is negative; [R, D] of any dtype."""
     T, D = x_TD.shape
-    assert x_TD.stride(1) == 1, x_TD.stride()
+    assert x_TD.stride(1) == 1 or not T, x_TD.stride()
     out = torch.empty(num_rows, D, dtype=x_TD.dtype, device=x_TD.device)
     if num_rows:
         source, target = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (x_TD, out))
@@ -37,3 +66,16 @@ def permute_kernel(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, num_rows: i
             num_warps=4 if block <= 2048 else 8,
         )
     return out
+
+
+def permute_quantize_kernel(
+    x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 values [R, D] and float32 scales [R] of ``permute_kernel``'s rows."""
+    T, D = x_TD.shape
+    assert x_TD.stride(1) == 1 or not T, x_TD.stride()
+    values, scale, constants = quantized_outputs(x_TD, num_rows, D)
+    if num_rows:
+        slots = row_of_slot_TK.contiguous()
+        _permute_quantize_kernel[(T,)](x_TD, slots, values, scale, x_TD.stride(0), D, K=slots.shape[1], **constants)
+    return values, scale

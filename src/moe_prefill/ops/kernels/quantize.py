@@ -10,10 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
+def scaled_row(values, LEAST: tl.constexpr, MOST: tl.constexpr):
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST) / MOST
+    return tl.minimum(tl.maximum(values / scale, -MOST), MOST), scale
+
+
+@triton.jit
 def store_row(values, inside, out_ptr, scale_ptr, row, column, width, LEAST: tl.constexpr, MOST: tl.constexpr):
-    amax = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
-    scale = amax / MOST
-    scaled = tl.minimum(tl.maximum(values / scale, -MOST), MOST)
+    scaled, scale = scaled_row(values, LEAST, MOST)
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * width + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
 
