@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from ..messages import PackedChains, PackedRequests, Score
 
 _log = logging.getLogger(__name__)
 
+_LEAD_SHARE, _LEAST_LEAD_S = 0.25, 0.005
 _LOOK_S = 0.05  # how often progress is looked at while requests are held back
 _MEMORY = 0.9  # of the pace, from sweep to sweep
 _NOTHING = PackedRequests.pack([])
@@ -22,7 +24,8 @@ _NOTHING = PackedRequests.pack([])
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
     """How far ahead a rank is given its next sweep: ``depth`` sweeps at most, the next one when the one that runs is
-    predicted to take ``seconds`` more. What is formed cannot change any more, so no earlier than planning it takes.
+    predicted to take a quarter of its time more, and no more than ``seconds``. What is formed cannot change any more,
+    so no earlier than planning it takes.
     """
 
     depth: int
@@ -111,13 +114,11 @@ class Dispatch:
         """Until when there is nothing to decide, if nothing comes; None: for ever."""
         moments = []
         for rank, worker in enumerate(self.frontend.workers):
-            if len(worker.waiting) and not self._given[rank]:
-                moments.append(self.frontend.wakes_at(rank) - now_s)
-            elif len(worker.waiting) and len(self._given[rank]) < self._lead.depth:
-                moments.append(self._left_s(rank) - self._lead.seconds)
+            if len(worker.waiting):
+                moments.append(max(self.frontend.wakes_at(rank) - now_s, self._room_in_s(rank)))
         if self.frontend.queued and any(self._given):
             moments.append(_LOOK_S)
-        return max(0.001, min(moments)) if moments else None
+        return max(0.001, min(moments)) if moments and min(moments) < math.inf else None
 
     def to_audit(self) -> list[int]:
         """Ranks whose pool is to be compared with what is believed of it: everything is idle, or events were lost."""
@@ -137,29 +138,38 @@ class Dispatch:
         return found
 
     def _next_of_free(self, now_s: float) -> list[tuple[int, _Given]]:
-        sweeps = [
-            (rank, self.frontend.next_sweep(rank, now_s)) for rank in range(len(self._given)) if self._has_room(rank)
-        ]
+        ranks = [rank for rank in range(len(self._given)) if self._room_in_s(rank) <= 0]
+        sweeps = [(rank, self.frontend.next_sweep(rank, now_s)) for rank in ranks]
         return [(rank, _Given(sweep.number, sweep)) for rank, sweep in sweeps if sweep is not None]
 
     def _next_of_rounds(self, now_s: float) -> list[tuple[int, _Given]]:
         """One sweep of each rank, once any of them is due: a round takes its time also where less than T waits."""
         frontend, ranks = self.frontend, range(len(self._given))
         due = any(len(frontend.workers[rank].waiting) and frontend.wakes_at(rank) <= now_s for rank in ranks)
-        if not due or not all(self._has_room(rank) for rank in ranks):
+        if not due or self._room_in_s(0) > 0:
             return []
         number = self._next_round
         self._next_round += 1
         return [(rank, _Given(number, frontend.next_sweep(rank, float("inf")))) for rank in ranks]
 
-    def _has_room(self, rank: int) -> bool:
-        given = self._given[rank]
-        return not given or (len(given) < self._lead.depth and self._left_s(rank) <= self._lead.seconds)
+    def _room_in_s(self, rank: int) -> float:
+        """Predicted seconds until a rank is to be given more; infinite: not before it has answered. In rounds all ranks
+        are given together.
+        """
+        if self._schedule == "rounds":
+            return max(map(self._own_room_in_s, range(len(self._given))))
+        return self._own_room_in_s(rank)
 
-    def _left_s(self, rank: int) -> float:
-        """Predicted seconds until a rank has done what it was given."""
-        load = self.frontend.workers[rank].load
-        return self.pace * sum(load.left_ns(e.sweep.number) for e in self._given[rank] if e.sweep is not None) / 1e9
+    def _own_room_in_s(self, rank: int) -> float:
+        given, load = self._given[rank], self.frontend.workers[rank].load
+        if not given:
+            return 0.0
+        if len(given) >= self._lead.depth:
+            return math.inf
+        numbers = [entry.sweep.number for entry in given if entry.sweep is not None]
+        left_s = self.pace * sum(map(load.left_ns, numbers)) / 1e9
+        whole_s = self.pace * sum(map(load.predicted_ns, numbers)) / 1e9
+        return left_s - max(_LEAST_LEAD_S, min(self._lead.seconds, _LEAD_SHARE * whole_s))
 
     def _look(self, counts: Sequence[int]) -> None:
         layers = self.machine.spec.num_layers

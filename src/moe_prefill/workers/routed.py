@@ -29,8 +29,8 @@ from .watch import Patience
 class Routing:
     """How requests are given to workers. ``policy``: one of ``frontend.POLICIES``. A sweep takes at most
     ``max_sweep_s`` predicted seconds; one below T waits until its oldest request has waited for ``max_wait_s``. At most
-    ``max_queued`` requests wait that no worker has been given. ``lead_s``: how long before the end of a sweep the
-    worker is sent the next one; planning it has to take less.
+    ``max_queued`` requests wait that no worker has been given. ``lead_s``: a GPU is sent its next sweep when a quarter
+    of the one that runs is left, and no longer before its end than this.
     """
 
     policy: str = "ours"
@@ -178,8 +178,7 @@ class RoutedEngine(ProcessEngine):
         now_s = time.monotonic()
         self._admit()
         for rank, score, tickets in self._routes.give(now_s, self._group.page.read()):
-            for ticket in tickets:
-                self._replies[ticket.id].started_s = now_s
+            self._started(tickets, now_s)
             yield rank, score
         for rank in self._routes.to_audit():
             self._group.send(rank, Audit())
@@ -189,12 +188,13 @@ class RoutedEngine(ProcessEngine):
         tickets = self._routes.done(rank, scored.number, scored.stats, events)
         if tickets is None:
             return None
-        replies = [self._replies.pop(ticket.id) for ticket in tickets]
+        replies = [self._replies.pop(ticket.id, None) for ticket in tickets]
         results = scored.results.unpack()
 
         def tell() -> None:
             for reply, result in zip(replies, results, strict=True):
-                _resolve(reply, result)
+                if reply is not None:  # it was cancelled while its sweep was formed
+                    _resolve(reply, result)
 
         return tell
 
@@ -222,6 +222,13 @@ class RoutedEngine(ProcessEngine):
                 came = self._inbox.get_nowait()
                 for entry in () if isinstance(came, int) else came:
                     _resolve(entry.reply, error)
+
+    def _started(self, tickets: Sequence[Ticket], now_s: float) -> None:
+        """These are being computed, some of them for a second time: they cannot be cancelled any more."""
+        for ticket in tickets:
+            reply = self._replies.get(ticket.id)
+            if reply is not None and (reply.running() or reply.set_running_or_notify_cancel()):
+                reply.started_s = reply.started_s or now_s
 
     def _admit(self) -> None:
         """Take in what has come, and those who wait outside while there is room."""
@@ -281,7 +288,7 @@ def _machine(plan: EnginePlan, config: EngineConfig, routing: Routing, ranks: in
 
 def _resolve(reply: Reply, outcome: AtomicResult | Exception) -> None:
     """Answer, unless nobody waits any more."""
-    if not reply.set_running_or_notify_cancel():
+    if not reply.running() and not reply.set_running_or_notify_cancel():
         return
     if isinstance(outcome, Exception):
         reply.set_exception(outcome)
