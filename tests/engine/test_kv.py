@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_prefill import Engine
@@ -56,10 +56,14 @@ def comparable(model, seed: int) -> list[np.ndarray]:
     raise AssertionError("no comparable requests in 40 draws")
 
 
+def is_same(one, other) -> bool:
+    close = np.abs(one.logits - other.logits).max() <= 1e-4 * np.abs(other.logits).max()
+    return bool(close and np.allclose(one.log_z, other.log_z, rtol=1e-4, atol=1e-4))
+
+
 def assert_same(results, expected, what=None):
     for one, other in zip(results, expected, strict=True):
-        assert np.abs(one.logits - other.logits).max() <= 1e-4 * np.abs(other.logits).max(), what
-        np.testing.assert_allclose(one.log_z, other.log_z, rtol=1e-4, atol=1e-4)
+        assert is_same(one, other), (what, one, other)
 
 
 @pytest.mark.parametrize("seed", range(12 if IS_LONG else 4))
@@ -230,7 +234,8 @@ def request_of(document: int, keep: int, tail: int, salt: str, asked: list[int])
 
 @pytest.mark.parametrize(("family", "seed"), [("qwen3_moe", 9), ("qwen2_moe", 5), ("mixtral", 3), ("olmoe", 0)])
 def test_any_history_gives_the_same_answers(family, seed):
-    model = convert(random_model(family, seed))
+    reference = random_model(family, seed)
+    model = convert(reference)
     plain, hits = engine_of(model), []
 
     @given(
@@ -245,7 +250,10 @@ def test_any_history_gives_the_same_answers(family, seed):
         engine = engine_of(model, kv_blocks=blocks, sharing=sharing, chunk_rows=chunk_rows, prune_last=prune_last)
         for sweep in sweeps:
             requests = [request_of(*parts) for parts in sweep]
-            assert_same(engine.score(requests), plain.score(requests), requests)
+            for request, *both in zip(requests, engine.score(requests), plain.score(requests), strict=True):
+                if not is_same(*both):
+                    assume(smallest_routing_gap(reference, request.tokens) > 1e-5)
+                assert_same(*([result] for result in both), request)
             assert len(engine.snapshot().changes[0].digests) <= blocks
         hits.append(engine.stats.pooled_tokens)
 
