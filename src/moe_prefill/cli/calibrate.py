@@ -39,12 +39,14 @@ def calibrate(
     from ..calibrate import calibrate as measure
     from ..config import EngineConfig
     from ..engine.build import pick_device, pick_dtype
+    from ..engine.cores import keep_freed_memory
     from ..engine.load import open_model
 
     EngineConfig(model=model, dtype=dtype, quantization=quantization)  # type: ignore[arg-type]  # refuses others
     target = pick_device(device)
     if target.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        keep_freed_memory()  # as the engine does
     spec, _ = open_model(model, "dummy", layers)
     computed = pick_dtype(dtype, spec, target)
     console, notes = Console(highlight=False, width=_width()), Console(stderr=True, highlight=False)
