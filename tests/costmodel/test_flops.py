@@ -34,9 +34,9 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in (aten.mm.default, aten.mm.out) or (func is aten.matmul.default and args[0].ndim == 2):
             self.products += 2 * args[0].numel() * args[1].shape[1]
-        elif func is aten.addmm.default:
+        elif func in (aten.addmm.default, aten.addmm.out):
             self.products += 2 * args[1].numel() * args[2].shape[1]
-        elif func is aten.linear.default:
+        elif func in (aten.linear.default, aten.linear.out):
             self.products += 2 * args[0].numel() * args[1].shape[0]
         elif func is aten.bmm.default:
             self.square += 2 * args[0].numel() * args[1].shape[2]
