@@ -21,7 +21,8 @@ class EngineConfig:
     ``force`` (every common token once, for tests).
     ``gpus`` is the number of worker processes, one a GPU (or a share of the CPU each; with ``device="cuda:I"`` all on
     that GPU); None: no process but this one. ``threads`` are those of each process.
-    ``quantization="fp8"`` stores the experts as float8 with a scale a row, quantised while loading.
+    ``quantization="fp8"`` keeps linear maps and experts in float8, quantised while loading; a checkpoint that is in
+    float8 stays so without it.
     ``memory_gib`` bounds each device's memory, ``host_gib`` the host's. ``residency`` pins where banks live (see
     ``residency.parse_residency``), ``prefetch_depth`` how many fill ahead, ``transport`` how GPUs get each other's
     parts of sharded banks; ``chunk_rows`` how many rows go through a layer at a time; ``profile`` is a file of rates

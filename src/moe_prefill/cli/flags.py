@@ -49,7 +49,9 @@ ENGINE_FLAGS = {
         help="Worker processes: one a GPU, or a share of the CPU each. Default: none but this one.", panel=_ENGINE
     ),
     "dtype": Flag(help="auto, float32 or bfloat16.", panel=_ENGINE),
-    "quantization": Flag(help="fp8: store the experts in 8 bits, with a scale a row.", panel=_ENGINE),
+    "quantization": Flag(
+        help="fp8: keep linear maps and experts in 8 bits; checkpoints in float8 are so without it.", panel=_ENGINE
+    ),
     "load_format": Flag(help="dummy makes random weights, for speed tests.", panel=_ENGINE),
     "seed": Flag(help="Seed of dummy weights.", panel=_ENGINE),
     "dummy_skew": Flag(help="How unevenly dummy routers choose experts.", panel=_ENGINE),
