@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_prefill.costmodel import (
@@ -95,6 +95,7 @@ def test_what_each_level_brings_over_which_link():
 
 
 @given(st.integers(1, 3000), st.integers(1, 500), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
+@example(1, 2, True, "float32")  # more tokens beside as few queries
 def test_predictions_add_up_and_grow_with_the_batch(tokens, per_request, prune, precision):
     spec, profile = model_spec(((True, None), (False, 5), (True, 40))), machine_profile()
     batch, more = (Batch.uniform(n, per_request, prune_last=prune) for n in (tokens, tokens + per_request))

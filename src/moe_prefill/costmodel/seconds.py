@@ -25,7 +25,10 @@ def layer_seconds(
         part: _roofline(work[part], gemm.at(max(1, rows)), profile) for part in ("out", "router", "dense")
     }
     tokens = min(batch.num_tokens, profile.chunk_rows)
-    seconds["qkv"] = _roofline(work["qkv"], gemm.at(tokens), profile)
+    flops = layer_flops(spec, index)  # keys and values of all tokens, queries of those that are carried
+    qkv_s = flops.keys_values * batch.num_tokens / gemm.at(tokens)
+    qkv_s += flops.queries * carried.num_rows / gemm.at(max(1, rows))
+    seconds["qkv"] = max(qkv_s, work["qkv"].bytes / profile.memory_bandwidth)
     grouped = profile.rates("grouped", precision).at(max(1, rows) * spec.top_k / spec.num_experts)
     seconds["experts"] = _roofline(work["experts"], grouped, profile)
     seconds["attention"] = _attention_seconds(spec, index, carried, profile, precision, work["attention"])
