@@ -11,7 +11,7 @@ from moe_prefill import Engine
 from moe_prefill.server.context import Context
 from moe_prefill.server.run import assemble
 from moe_prefill.server.settings import ServerConfig
-from moe_prefill.tasks import RankConfig, load_task_file
+from moe_prefill.tasks import load_task_file
 from moe_prefill.text import Tokenizer
 
 from .helpers import FakeEngine, listening
@@ -55,16 +55,16 @@ def tokenizer():
 
 @pytest.fixture
 def make_service(tokenizer):
-    """Services around a fake engine; closed at the end of the test."""
+    """Services around a fake engine, with ``facts`` of its context; closed at the end of the test."""
     made = []
 
-    def make(engine=None, keys=None, **settings):
+    def make(engine=None, keys=None, facts=None, **settings):
         engine = engine or FakeEngine(vocab_size=tokenizer.vocab_size)
         context = Context(
             tokenizer=tokenizer,
             limits=engine.limits,
             names=("demo", "*"),
-            rerank=RankConfig(candidates_column="documents", text_column="query"),
+            **(facts or {}),
         )
         service, _ = assemble(ServerConfig(**settings), engine, context, keys)
         made.append((service, engine))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_prefill.core import AtomicRequest
-from moe_prefill.tasks import load_task_file
+from moe_prefill.tasks import RankConfig, load_task_file
 
 from .conftest import ROOT
 from .helpers import FakeEngine, listening
@@ -53,6 +53,37 @@ def test_rerank_takes_objects_and_leaves_documents_out(http, relevance):
     told = post(http, "/rerank", {"query": QUERY, "documents": documents, "return_documents": False})
     assert {entry["index"]: pytest.approx(entry["relevance_score"], rel=1e-4) for entry in told["results"]} == relevance
     assert all("document" not in entry for entry in told["results"])
+
+
+def test_rerank_as_sglang_is_a_bare_list_where_the_operator_says_so(make_service):
+    body = {"query": QUERY, "documents": DOCUMENTS}
+    with listening(make_service(facts={"v1_rerank": "sglang"})) as url, httpx.Client(base_url=url) as http:
+        told = post(http, "/v1/rerank", body)
+        results = post(http, "/v2/rerank", body)["results"]
+        short = post(http, "/v1/rerank", {**body, "top_n": 1, "return_documents": False})
+    assert [(one["index"], one["score"]) for one in told] == [(r["index"], r["relevance_score"]) for r in results]
+    assert [one["document"] for one in told] == [DOCUMENTS[one["index"]] for one in told]
+    assert all(one["meta_info"]["prompt_tokens"] > 0 for one in told)
+    assert [(one["index"], one["document"]) for one in short] == [(told[0]["index"], None)]
+
+
+def test_an_instruction_fills_the_tasks_prompt_or_is_refused(make_service, tokenizer):
+    config = RankConfig(
+        candidates_column="documents", text_column="query", template="{instruct}: {query}\n{candidate}\n"
+    )
+    body, asked = {"query": QUERY, "documents": DOCUMENTS}, {"instruct": "Find mails"}
+    pairs = {"text_1": QUERY, "text_2": DOCUMENTS}
+    engine = FakeEngine(vocab_size=tokenizer.vocab_size)
+    with listening(make_service(engine, facts={"rerank": config})) as url, httpx.Client(base_url=url) as http:
+        assert isinstance(post(http, "/v1/rerank", {**body, **asked}), list)
+        seen = [tokenizer.decode(request.tokens) for call in engine.calls for request in call]
+        assert all(text.lstrip().startswith(f"Find mails: {QUERY}") for text in seen)
+        assert len(post(http, "/v1/score", {**pairs, "instruction": "Find mails"})["data"]) == len(DOCUMENTS)
+        assert http.post("/rerank", json=body).json()["error"]["code"] == "bad_instruct", "it reads one"
+        assert http.post("/score", json={**pairs, "instruction": 1}).status_code == 400
+    with listening(make_service()) as url:
+        refused = httpx.post(f"{url}/v1/rerank", json={**body, **asked})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_instruct")
 
 
 def test_rerank_as_tei(http, relevance):
