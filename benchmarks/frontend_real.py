@@ -1,6 +1,6 @@
 """The frontend over real workers: tokens/s of each policy on the aggregated workload, beside what the simulator says.
 
-    python benchmarks/frontend_real.py --scale 0.05                 # two CPU workers, the demo model
+    python benchmarks/frontend_real.py  # two CPU workers, the demo model: about 20 minutes of two cores
     python benchmarks/frontend_real.py --scale 0.002 --repeats 1 --policies ours --out /tmp/small.json
     python benchmarks/frontend_real.py --device cuda --gpus 2 --model Qwen3-30B-A3B --scale 0.3 --sweep-tokens 65536
 
@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--sweep-tokens", type=int, default=16384)
     parser.add_argument("--mix", default="aggregated", choices=MIXES)
-    parser.add_argument("--scale", type=float, default=0.05, help="part of the workload's requests")
+    parser.add_argument("--scale", type=float, default=0.03, help="part of the workload's requests")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", help="rates that were measured before")
