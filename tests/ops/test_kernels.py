@@ -5,6 +5,7 @@ import torch
 
 from moe_prefill.ops.experts import ref_combine
 from moe_prefill.ops.grouped import ref_grouped_mm
+from moe_prefill.ops.merge import ref_merge_
 from moe_prefill.ops.permute import ExpertOrder, ref_order_by_expert, ref_permute
 from moe_prefill.ops.quantize import ref_quantize_rows
 from moe_prefill.ops.rms_norm import ref_add_rms_norm_, ref_rms_norm
@@ -100,6 +101,25 @@ def test_order_and_permutation(tokens, experts, top_k, elsewhere, alignment):
         x = random(tokens, 56, dtype=dtype)[:, :40]
         permuted, expected = permute_kernel(x, got.row_of_slot_TK, rows), ref_permute(x, want)
         assert torch.equal(permuted.float()[filled], expected.float()[filled])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 8), (5, 3, 24), (9, 8, 128), (0, 2, 8)])
+def test_merge(rows, heads, dim, dtype):
+    from moe_prefill.ops.kernels.merge import merge_kernel_
+
+    out = random(rows, 2 * heads, dim, dtype=dtype)[:, :heads]
+    lse, other_lse = (random(heads, rows, dtype=torch.float32, seed=seed).mul(8).t() for seed in (1, 2))
+    other = random(rows, heads, dim, dtype=torch.bfloat16, seed=3)
+    for place, side in ((0, other_lse), (1, lse), (2, lse), (2, other_lse)):  # no keys on one side, or on both
+        if place < rows:
+            side[place] = -torch.inf
+            (other if side is other_lse else out)[place] = 0
+    want, want_lse = out.clone(), lse.clone()
+    ref_merge_(want, want_lse, other, other_lse)
+    merge_kernel_(out, lse, other, other_lse)
+    torch.testing.assert_close(out, want, **TOLERANCE[dtype])
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

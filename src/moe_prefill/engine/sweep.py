@@ -142,7 +142,8 @@ def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     out, lse = diagonal[0] if len(diagonal) == 1 else (torch.cat(parts) for parts in zip(*diagonal, strict=True))
     if not merged:
         return out
-    wide, lse = out.float(), lse.contiguous()
+    # Rounded once at the end: by the merge itself where there is one only.
+    wide, lse = out if len(chunk.levels) == 1 else out.float(), lse.contiguous()
     for call in chunk.levels:
         ops.merge_(wide[call.rows], lse[call.rows], *call_attention(decoder, q, k, v, call))
     return wide.to(q.dtype)

@@ -30,11 +30,11 @@ def _rms_norm_kernel(
     source = x_ptr + row * x_stride + column
     x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        delta = tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)
-        rounded = (x + delta).to(kind)
-        tl.store(source, rounded, mask=inside)
-        x = rounded.to(tl.float32)
+        x = (x + tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        x = x.to(tl.float32)
     tl.store(out_ptr + row * D + column, _normed(x, weight_ptr, column, inside, D, eps, kind), mask=inside)
+    if ADD:
+        tl.store(source, x.to(kind), mask=inside)
 
 
 @triton.jit
