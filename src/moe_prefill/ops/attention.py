@@ -101,12 +101,12 @@ def attention(
     """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
 
     ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself
-    included. Without ``need_lse`` the log-sum-exp may be left unset, where it costs something to know.
+    included. Without ``need_lse`` the log-sum-exp may be left unset, or be +inf for queries without keys.
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
     if is_legal(q_QHd):
-        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
     return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
 
 

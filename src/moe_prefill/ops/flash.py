@@ -36,12 +36,21 @@ class FlashKernel:
 
 
 def flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool, window: int | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: Spans,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    need_lse: bool,
 ) -> Result:
     """One launch, no synchronisation; the log-sum-exp as ``attention`` has it, [Q, H]."""
     out, lse = chosen(q.device, windowed=window is not None).run(q, k, v, spans, causal, window, scale)
-    # Kernels give +inf for a query without keys.
-    return out, torch.where(torch.isinf(lse), -torch.inf, lse).t()
+    if need_lse:
+        lse = torch.where(torch.isinf(lse), -torch.inf, lse)  # kernels give +inf for a query without keys
+    return out, lse.t()
 
 
 def is_legal(q: torch.Tensor) -> bool:
