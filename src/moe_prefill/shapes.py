@@ -50,15 +50,16 @@ def slot_shapes(spec: ModelSpec) -> dict[str, Shape]:
 _LINEAR = ("qkv", "out", "gate_up", "down")
 
 
+def linear_slots(shapes: Mapping[str, Shape]) -> list[str]:
+    """The slots of linear maps beside the banks: projections, dense and shared feed-forwards; no router, no head."""
+    return [slot for slot in shapes if slot.startswith("layers.") and slot.rpartition(".")[2] in _LINEAR]
+
+
 def float8_slots(shapes: Mapping[str, Shape]) -> set[str]:
     """The slots beside the banks that are kept in float8 where the model is: linear maps whose sizes the products take.
     Embeddings, the head, routers and norms stay as they are.
     """
-    return {
-        slot
-        for slot, shape in shapes.items()
-        if slot.startswith("layers.") and slot.rpartition(".")[2] in _LINEAR and all(size % 16 == 0 for size in shape)
-    }
+    return {slot for slot in linear_slots(shapes) if all(size % 16 == 0 for size in shapes[slot])}
 
 
 def bank_shapes(spec: ModelSpec) -> dict[str, Shape]:

@@ -125,3 +125,10 @@ def test_ranks_tell_each_other_their_scales(tmp_path):
     for gates, downs in found.values():
         assert gates[:, 0].mean((1, 2)).tolist() == gates[:, 1].mean((1, 2)).tolist() == [1, 2, 3, 3]
         assert downs[:, 2].mean((1, 2)).tolist() == [11, 12, 13, 13]
+
+
+def test_what_is_not_computed_as_published_is_logged(tmp_path, caplog):
+    save(tmp_path, intermediate_size=136)
+    engine_on(tmp_path).close()
+    assert "1 linear maps stay in torch.float32, first layers.1.down: 160 x 136 are not multiples" in caplog.text
+    assert "experts published with block scales are quantised again with a scale a row: hidden size 160" in caplog.text

@@ -80,12 +80,12 @@ class PieceReader:
             part = destination[first - rows.start : last - rows.start]
             staged = self._staging(max(row_bytes * len(part), 1), destination.device)[: row_bytes * len(part)]
             self._fill(entry, entry.begin + first * row_bytes, staged)
-            values = staged.view(FLOAT8).view(part.shape).to(destination.device)
-            scale = grid[first // unit : -(-last // unit)].to(destination.device)
+            values, scale = staged.view(FLOAT8).view(part.shape), grid[first // unit : -(-last // unit)]
             if isinstance(part, BlockTarget):
                 part.copy_blocks(values, scale)
             else:
-                part.copy_(dequantize_blocks(values, scale, scales.parts))
+                device = destination.device
+                part.copy_(dequantize_blocks(values.to(device), scale.to(device), scales.parts))
 
     def _read_scales(self, entry: TensorEntry) -> torch.Tensor:
         """All scales of a tensor, float32."""

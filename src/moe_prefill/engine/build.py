@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..experts import ALONE, Ranks
 from ..machine import load_profile
 from ..residency import Budget, ResidencyPlan, plan_for
+from ..shapes import float8_slots, linear_slots, slot_shapes
 from .banks import BankMemory
 from .cores import keep_freed_memory
 from .load import load_weights, open_model
@@ -100,6 +101,13 @@ def float8_form(spec: ModelSpec, bank_dtype: str, dtype: torch.dtype, device: to
     """
     if getattr(torch, bank_dtype) != ops.FLOAT8:
         return None
+    shapes = slot_shapes(spec)
+    wide = [slot for slot in linear_slots(shapes) if slot not in float8_slots(shapes)]
+    if wide:
+        sizes = " x ".join(map(str, shapes[wide[0]]))
+        _log.warning(
+            "%d linear maps stay in %s, first %s: %s are not multiples of 16", len(wide), dtype, wide[0], sizes
+        )
     if not ops.has_float8(device):
         _log.warning(
             "%s has no float8 products: weights are kept in float8 and widened when they are read, which saves memory "
