@@ -1,6 +1,6 @@
 """A job with a task that costs nothing, then the peak memory of this process in bytes.
 
-    python tests/jobs/memory_driver.py INPUT OUTPUT [TOKENS_OF_A_SWEEP]
+python tests/jobs/memory_driver.py INPUT OUTPUT [TOKENS_OF_A_SWEEP]
 """
 
 import sys

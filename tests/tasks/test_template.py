@@ -51,7 +51,7 @@ def test_lists_come_as_lists_json_or_arrays() -> None:
     for value in (["a", 1], '["a", 1]', ("a", 1)):
         assert list_of({"c": value}, "c") == ["a", 1]
     assert list_of({"c": np.array([1, 2])}, "c") == [1, 2]
-    with pytest.raises(RowError, match="holds '[0-9]+'; a list"):
+    with pytest.raises(RowError, match=r"holds '[0-9]+'; a list"):
         list_of({"c": 3}, "c")
 
 

@@ -13,11 +13,11 @@ from ..core import EngineLimits, PreparedRow
 from ..errors import RowError
 from ..jobs import check_columns
 from ..jobs.answers import error_column
+from ..jobs.metrics import rows_text
 from ..jobs.tables import Table
 from ..tasks import Preview, Task, build_task
 from .job_time import predict_job
 from .progress import duration
-from .report import rows_text
 
 if TYPE_CHECKING:
     from ..text import Tokenizer

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..jobs import ClassScore, LabelMetrics, Metrics, RankMetrics, Summary
+from ..jobs.metrics import rows_text
 from .flags import RunOptions
 from .progress import duration
 
@@ -82,10 +83,6 @@ def show_metrics(metrics: Metrics, console: Console) -> None:
     if metrics.apart.unknown_gold:
         names = ", ".join(repr(name) for name in list(metrics.apart.unknown_gold)[:10])
         console.print(f"unknown gold labels: {names}", soft_wrap=True, markup=False)
-
-
-def rows_text(number: int) -> str:
-    return f"{number:,} row{'s' * (number != 1)}"
 
 
 def _classes(classes: Sequence[ClassScore]) -> Table:

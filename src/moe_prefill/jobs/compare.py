@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .counts import Counts
-from .metrics import Apart, ClassScore, LabelMetrics, label_metrics, met_labels, ratio
+from .metrics import Apart, ClassScore, LabelMetrics, label_metrics, met_labels, ratio, rows_text
 from .tables.values import csv_text
 
 _SEPARATORS = re.compile(r"\s*[;,]\s*")
@@ -29,7 +29,7 @@ class SetMetrics:
 
     def headline(self) -> str:
         ratios = f"exact match {self.exact:.4f}, micro F1 {self.micro_f1:.4f}, macro F1 {self.macro_f1:.4f}"
-        return f"{ratios} over {self.compared:,} rows"
+        return f"{ratios} over {rows_text(self.compared)}"
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -52,7 +52,7 @@ class RankMetrics:
     apart: Apart
 
     def headline(self) -> str:
-        return f"gold first {self.first:.4f}, mean reciprocal rank {self.mrr:.4f} over {self.compared:,} rows"
+        return f"gold first {self.first:.4f}, mean reciprocal rank {self.mrr:.4f} over {rows_text(self.compared)}"
 
     def to_json(self) -> dict[str, object]:
         ratios = {"gold_first": round(self.first, 6), "mean_reciprocal_rank": round(self.mrr, 6)}

@@ -64,7 +64,7 @@ class LabelMetrics:
     apart: Apart
 
     def headline(self) -> str:
-        return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f} over {self.compared:,} rows"
+        return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f} over {rows_text(self.compared)}"
 
     def to_json(self) -> dict[str, object]:
         rows = zip(self.labels, self.confusion, strict=True)
@@ -107,6 +107,11 @@ def label_metrics(counts: Counts, known: Sequence[str] | None = None) -> LabelMe
             no_gold=counts.notes["no_gold_label"],
         ),
     )
+
+
+def rows_text(number: int) -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{number:,} row{'s' * (number != 1)}"
 
 
 def ratio(part: float, whole: float) -> float:
