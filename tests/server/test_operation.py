@@ -124,7 +124,7 @@ def test_what_is_not_served_in_time_gets_503(make_service, tokenizer):
         assert first.result().status_code == 200
 
 
-def test_a_lost_engine_is_told_and_unhealthy(make_service, tokenizer):
+def test_a_lost_engine_is_told_and_unhealthy(make_service, tokenizer, caplog):
     engine = FakeEngine(vocab_size=tokenizer.vocab_size)
     service = make_service(engine)
     with listening(service) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -132,6 +132,7 @@ def test_a_lost_engine_is_told_and_unhealthy(make_service, tokenizer):
         broken = http.post("/v1/completions", json=BODY)
         assert broken.status_code == 500
         assert "secret" not in broken.text
+        assert "secret" not in "".join(JsonLines().format(record) for record in caplog.records)
         engine.fail_with = WorkerError("worker 1 is gone")
         assert http.post("/v1/completions", json=BODY).status_code == 503
         assert http.get("/health").status_code == 503

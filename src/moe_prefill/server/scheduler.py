@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core import ScoringEngine
-from ..errors import WorkerError
+from ..errors import MoePrefillError, WorkerError
 from .backends import Answers, backend_of
 from .fairqueue import FairQueue, Part, Work
 from .refusals import Refused, overloaded, unavailable
@@ -205,7 +205,9 @@ class Scheduler:
             assert not missing, f"{len(missing)} parts of a call were not answered"
             self._learn(call, begin_s)
         except Exception as error:  # whatever it is, nobody may wait for ever
-            _log.error("a call of %d requests failed: %s", call.num_requests, error, exc_info=True)
+            # Only our own messages are known to hold nothing of a prompt.
+            why = error if isinstance(error, MoePrefillError) else type(error).__name__
+            _log.error("a call of %d requests failed: %s", call.num_requests, why, exc_info=True)
             if isinstance(error, WorkerError):
                 self._fail()
             for part in missing.values():
