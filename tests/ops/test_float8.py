@@ -3,6 +3,7 @@ ones.
 """
 
 import importlib
+import importlib.util
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prefill import ops
-from moe_prefill.ops.block_experts import ALIGNMENT, aligned_rows
+from moe_prefill.ops.block_experts import ALIGNMENT, aligned_rows, ref_block_grouped_mm
 from moe_prefill.ops.experts import ref_experts
 from moe_prefill.ops.grouped import ref_scaled_grouped_mm
 from moe_prefill.ops.quantize import (
@@ -276,3 +277,22 @@ def test_experts_with_block_scales(elsewhere):
 )
 def test_what_block_scaled_experts_want(hidden, size, dtype, reason):
     assert reason in ops.blocks_refused(hidden, size, dtype, torch.device("cpu"))
+
+
+def test_a_package_that_does_not_work_is_found_out_before_it_is_needed(monkeypatch):
+    module = importlib.import_module("moe_prefill.ops.block_experts")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "deep_gemm" else find(name))
+
+    def with_product(product) -> str | None:
+        monkeypatch.setattr(module, "block_grouped_mm", product)
+        return module._deep_gemm_fault.__wrapped__(DEVICE)
+
+    def fails(*_):
+        raise AssertionError("no\n nvcc")
+
+    assert with_product(ref_block_grouped_mm) is None
+    assert (
+        with_product(lambda *arguments: 2 * ref_block_grouped_mm(*arguments)) == "sgl-deep-gemm multiplies wrongly here"
+    )
+    assert with_product(fails) == "sgl-deep-gemm does not work here: no nvcc"

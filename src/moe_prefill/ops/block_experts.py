@@ -17,7 +17,7 @@ import torch
 
 from .backend import triton_enabled
 from .permute import ExpertOrder, order_by_expert, permute
-from .quantize import BLOCK, dequantize_blocks, quantize_groups, swiglu_quantize_groups
+from .quantize import BLOCK, FLOAT8, dequantize_blocks, quantize_groups, swiglu_quantize_groups
 
 ALIGNMENT = 128  # rows; DeepGEMM's contiguous layout
 
@@ -117,21 +117,23 @@ def blocks_refused(hidden_size: int, expert_size: int, dtype: torch.dtype, devic
         return "the device is no Hopper GPU"
     if dtype != torch.bfloat16:
         return f"activations are {dtype}, not bfloat16"
-    if not triton_enabled() or not _has_deep_gemm():
-        return "the package sgl-deep-gemm is not installed"
-    return None
+    if not triton_enabled():
+        return "Triton is not installed, or switched off"
+    return _deep_gemm_fault(device)
 
 
 @functools.cache
-def _has_deep_gemm() -> bool:
-    """The package is there and loads; it may be built for another torch."""
+def _deep_gemm_fault(device: torch.device) -> str | None:
+    """Why DeepGEMM does not work here, found out by a product of one block before anything depends on it."""
     if importlib.util.find_spec("deep_gemm") is None:
-        return False
+        return "the package sgl-deep-gemm is not installed"
+    values, scale = torch.ones(BLOCK, BLOCK, device=device).to(FLOAT8), torch.ones(1, BLOCK, device=device)
+    block_scale, matrix = torch.ones(1, 1, 1, device=device), torch.zeros(BLOCK, dtype=torch.int32, device=device)
     try:
-        import deep_gemm
-    except (ImportError, OSError, RuntimeError, AssertionError):
-        return False
-    return hasattr(deep_gemm, "m_grouped_fp8_gemm_nt_contiguous")
+        out = block_grouped_mm(values, scale, values[None], block_scale, matrix, torch.bfloat16)
+        return None if float(out.mean()) == BLOCK else "sgl-deep-gemm multiplies wrongly here"
+    except Exception as problem:  # built for another torch, no compiler, ...: whatever it is, it is said in the log
+        return f"sgl-deep-gemm does not work here: {' '.join(str(problem).split())[:200]}"
 
 
 def _after(first: torch.Tensor, which: int) -> torch.Tensor:
