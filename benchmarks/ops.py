@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +25,14 @@ import torch
 import torch.nn.functional as F
 
 from moe_prefill import ops
-from moe_prefill.bench.report import report_head
+from moe_prefill.bench.ceilings import Ceilings, Clock, Work
+from moe_prefill.bench.report import report_head, save_report
 from moe_prefill.core import ModelSpec
 from moe_prefill.models import preset, spec_from_hf
 from moe_prefill.ops.attention import ref_attention
 from moe_prefill.ops.experts import ref_combine
 from moe_prefill.ops.grouped import ref_grouped_mm
+from moe_prefill.ops.merge import ref_merge_
 from moe_prefill.ops.permute import ref_order_by_expert, ref_permute
 from moe_prefill.ops.rms_norm import ref_add_rms_norm_, ref_rms_norm
 from moe_prefill.ops.rope import ref_apply_rope
@@ -43,10 +43,7 @@ MODELS = ("Qwen3-30B-A3B", "Qwen3-235B-A22B")
 ROWS = (8192, 16384, 65536)
 CHECKED_ROWS = 8192  # larger shapes run the same kernels
 REQUEST_TOKENS = 4096
-BATCH_MS = 4.0  # of calls that are timed together
-BATCHES = 5
 TOLERANCE, EXACT = {"rtol": 2e-2, "atol": 3e-2}, {"rtol": 0.0, "atol": 0.0}
-Work = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,65 +59,6 @@ class Case:
     check: Callable[[], tuple[Any, Any]] | None = None
     num_bytes: int = 0
     flops: float = 0.0
-
-
-class Clock:
-    """Median seconds of a call on the device, without its launch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def seconds(self, work: Work) -> float:
-        for _ in range(2):  # compiles, chooses algorithms, fills the allocator
-            work()
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-        calls = max(1, min(50, round(BATCH_MS / max(self._events_ms(work), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                work()
-        graph.replay()
-        return 1e-3 * statistics.median(self._events_ms(graph.replay) for _ in range(BATCHES)) / calls
-
-    def _events_ms(self, work: Work) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-
-class Ceilings:
-    """What the device reaches in this run."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._copies: dict[int, float] = {}
-        self.flops = self._matmul()
-
-    def again(self) -> None:
-        """The rate of products once more: it falls as the device warms up."""
-        self.flops = min(self.flops, self._matmul())
-
-    def bytes_per_s(self, num_bytes: int) -> float:
-        """Of a copy that reads and writes about ``num_bytes`` in all; small ones stay in the cache."""
-        size = 1 << max(16, min(31, round(np.log2(num_bytes / 2))))
-        if size not in self._copies:
-            source = torch.zeros(size // 2, dtype=torch.bfloat16, device=self._clock.device)
-            target = torch.empty_like(source)
-            # Not copy_: a graph gives that to a copy engine, which is slower than a kernel.
-            self._copies[size] = 2 * size / self._clock.seconds(lambda: torch.neg(source, out=target))
-        return self._copies[size]
-
-    def _matmul(self) -> float:
-        on_gpu = self._clock.device.type == "cuda"
-        size = 8192 if on_gpu else 512
-        a, b = (torch.randn(size, size, device=self._clock.device, dtype=torch.bfloat16) for _ in range(2))
-        return 2 * size**3 / self._clock.seconds(lambda: a @ b)
 
 
 class Layer:
@@ -252,6 +190,7 @@ class Layer:
         yield Case("qkv", lambda: F.linear(self.x, qkv), flops=2 * T * qkv.numel())
         yield from self.output_projection()
         yield self.attention()
+        yield self.merge()
         ends, rows_RD, hidden_RI = self.order.ends_E, ops.permute(self.x, self.order), self.random(R, spec.expert_size)
         for name, rows, weight in (("gate_up", rows_RD, self.gate_up), ("down", hidden_RI, self.down)):
             yield Case(
@@ -309,6 +248,21 @@ class Layer:
                 list(attention(q[part], k[part], v[part], few, **how)) for attention in (ops.attention, ref_attention)
             ),
             flops=4 * self.q_width * (length + 1) / 2 * self.rows,
+        )
+
+    def merge(self) -> Case:
+        shape = (self.rows, self.spec.num_heads, self.spec.head_dim)
+        out, other, lse, other_lse = (self.random(*shape[:n]) for n in (3, 3, 2, 2))
+        lses = lse.float(), other_lse.float()
+
+        def once(merge: Callable[..., None]) -> list[torch.Tensor]:
+            into = [out.clone(), lses[0].clone()]
+            merge(*into, other, lses[1])
+            return into
+
+        work = (lambda merge=merge: merge(out, lses[0], other, lses[1]) for merge in (ops.merge_, ref_merge_))
+        return Case(
+            "merge", *work, lambda: (once(ops.merge_), once(ref_merge_)), _size(out, out, other, *lses, lses[0])
         )
 
 
@@ -391,8 +345,7 @@ def main() -> int:
         cells, wrong = run(models, args.rows or (ROWS if device.type == "cuda" else (256,)), device)
     print(f"{len(cells)} cells, {wrong} wrong, {time.perf_counter() - start:.0f} s")
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report_head(sys.argv) | {"cells": cells}, indent=1) + "\n", encoding="utf-8")
+        save_report(args.out, report_head(["python", *sys.argv]), cells)
     return int(wrong > 0)
 
 
