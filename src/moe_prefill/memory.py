@@ -17,8 +17,9 @@ from .errors import PlanError
 GIB = 1 << 30
 DeviceKind = Literal["cuda", "cpu"]
 _CHUNK_ROWS = {"cuda": 16384, "cpu": 2048}
+_MOST_CHUNK_ROWS = {"cuda": 65536, "cpu": 2048}  # where memory is left
 _LEAST_CHUNK_ROWS = 256
-_LOGITS_SHARE = 16  # of a chunk's rows go through the LM head at a time
+_LOGITS_SHARE, _MOST_LOGITS_ROWS = 16, 1024  # a 16th of a chunk's rows go through the LM head at a time
 _GATHERED_KEYS = 2  # a chunk's, for one of its rows
 
 # A sweep of this many tokens is on the plateau, so memory beyond it is better spent on banks; and one that finds room
@@ -57,7 +58,7 @@ def memory_plan(spec: ModelSpec, element: int, tokens: int, chunk_rows: int) -> 
     """
     key = key_bytes(spec, element)
     rows = min(tokens, chunk_rows)
-    logits = max(1, chunk_rows // _LOGITS_SHARE) * 4 * spec.vocab_size
+    logits = max(1, min(chunk_rows // _LOGITS_SHARE, _MOST_LOGITS_ROWS)) * 4 * spec.vocab_size
     return MemoryPlan(
         max_sweep_tokens=tokens,
         chunk_rows=chunk_rows,
@@ -121,6 +122,15 @@ def grown(kind: DeviceKind, tokens: int, room: int) -> int:
     """
     most = min(room, _MOST_TOKENS[kind])
     return max(tokens, most // 256 * 256)
+
+
+def larger_chunks(kind: DeviceKind, tokens: int, rows: int) -> Iterator[int]:
+    """Twice as many rows and so on, for a sweep of ``tokens`` that has chunks of the usual ``rows`` already: fewer and
+    larger products, worth only memory that nothing else wants.
+    """
+    while rows >= _CHUNK_ROWS[kind] and 2 * rows <= min(_MOST_CHUNK_ROWS[kind], tokens):
+        rows *= 2
+        yield rows
 
 
 def plan_memory(

@@ -93,7 +93,7 @@ def test_qwen3_30b_in_bf16_capped_to_16_gib_is_nearly_all_offloaded():
 def test_qwen3_30b_on_80_gib_is_resident_and_needs_no_buffers():
     found = plan(published("Qwen3-30B-A3B"), 80, 0)
     assert (found.map, found.bank_buffers, found.peak_host_bytes) == ("R" * 48, 0, 0)
-    assert found.sweep.chunk_rows == 16384
+    assert found.sweep.chunk_rows == 65536
 
 
 @pytest.mark.parametrize(("ranks", "worst"), [(8, "sharded"), (4, "sharded"), (2, "hybrid"), (3, "hybrid")])
@@ -252,11 +252,12 @@ def test_more_memory_is_never_worse(spec, budget, bank_dtype, more_device, more_
 
 def worth(found: ResidencyPlan, wanted: int | None) -> tuple[int, ...]:
     """What the rule prefers, in its order: a good sweep; everything resident, or in the devices' memory, beside it; a
-    larger size; the best levels; more tokens.
+    larger size; the best levels; more tokens; larger chunks.
     """
     kind, sweep = found.budget.kind, found.sweep
     sizes = sweep_sizes(kind, wanted, None)
-    fitting = (s for s in sizes if s[1] == sweep.chunk_rows and s[0] <= sweep.max_sweep_tokens)
+    rows = min(sweep.chunk_rows, sizes[0][1])  # chunks grow last
+    fitting = (s for s in sizes if s[1] == rows and s[0] <= sweep.max_sweep_tokens)
     size = next(fitting)  # the sweep has grown from this one
     host = found.count("hybrid") + found.count("offloaded")
     stage = 2 * (found.num_streamed == 0) + (host == 0)
@@ -267,6 +268,7 @@ def worth(found: ResidencyPlan, wanted: int | None) -> tuple[int, ...]:
         -host,
         found.count("resident"),
         sweep.max_sweep_tokens,
+        sweep.chunk_rows,
     )
 
 

@@ -5,7 +5,8 @@ The rule. Banks get the best level that fits (resident before sharded before hyb
 is large enough; streamed layers are spread over depth. How large is enough: what the user asks for; else, where a
 speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU), or
 down to a quarter, with chunks of a quarter, where all banks so become resident, or need no host, or fit at all. Where
-no such sweep fits, the same order goes through smaller ones. A sweep grows into memory that no further bank can use.
+no such sweep fits, the same order goes through smaller ones. A sweep grows into memory that no further bank can use,
+and then its chunks do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..memory import (
     grown,
     is_good,
     kv_block_bytes,
+    larger_chunks,
     largest_sweep,
     memory_plan,
     show_bytes,
@@ -203,7 +205,15 @@ class _Planner:
         fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
         return min(fitting, key=lambda c: sum(self._banks(c.levels).values()))
 
+    def _with_larger_chunks(self, candidate: _Candidate) -> _Candidate:
+        """The candidate with the largest chunks that fit beside all that it has."""
+        if self.pins.chunk_rows is None:
+            for rows in larger_chunks(self.budget.kind, candidate.tokens, candidate.chunk_rows):
+                candidate = self._fitting(replace(candidate, chunk_rows=rows)) or candidate
+        return candidate
+
     def _plan(self, chosen: _Candidate) -> ResidencyPlan:
+        chosen = self._with_larger_chunks(chosen)
         sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
         least, depth = self.sizes[-1][1], self.pins.prefetch_depth
         streamed = self._leanest((1, least))
