@@ -265,7 +265,10 @@ def _machine(plan: EnginePlan, config: EngineConfig, routing: Routing, ranks: in
     facts = plan.facts
     if facts is None or plan.schedule == "together":
         raise UsageError(f"--strategy {config.strategy} computes every sweep on all GPUs: there is nothing to route")
-    known = load_profile(config.profile, gpu=facts.device) if config.profile else estimated_profile(facts.device)
+    try:
+        known = load_profile(config.profile, gpu=facts.device) if config.profile else estimated_profile(facts.device)
+    except UsageError as error:
+        raise UsageError(f"{error}; in serve, --routing off needs no rates") from None
     profile = known if plan.limits.chunk_rows is None else with_chunks(known, plan.limits.chunk_rows)
     return Machine.planned(
         spec=facts.spec,
