@@ -79,8 +79,7 @@ def linear(
         if bias_N is None:
             return torch.mm(x_RC, weight_NC.t(), out=out)
         return torch.addmm(bias_N, x_RC, weight_NC.t(), out=out)
-    product = _float8_linear(x_RC, weight_NC, bias_N)
-    return product if out is None else out.copy_(product)
+    return _float8_linear(x_RC, weight_NC, bias_N, out)
 
 
 def rms_norm_for(x_RC: torch.Tensor, norm_C: torch.Tensor, eps: float, weight_NC: Matrix) -> Matrix:
@@ -109,15 +108,18 @@ def linear_add_rms_norm_(
     return add_rms_norm_(residual_RN, linear(x_RC, weight_NC, bias_N), norm_N, eps)
 
 
-def _float8_linear(x_RC: Matrix, weight_NC: Float8Rows, bias_N: torch.Tensor | None) -> torch.Tensor:
+def _float8_linear(
+    x_RC: Matrix, weight_NC: Float8Rows, bias_N: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
     dtype = x_RC.dtype if isinstance(x_RC, torch.Tensor) else torch.bfloat16
     if isinstance(x_RC, torch.Tensor) and not has_float8(x_RC.device):
-        return F.linear(x_RC, weight_NC.wide(dtype), bias_N)
+        return linear(x_RC, weight_NC.wide(dtype), bias_N, out)
     rows = Float8Rows.of(x_RC) if isinstance(x_RC, torch.Tensor) else x_RC
     if rows.values.is_cuda and linear_fits(weight_NC.shape) and dtype == torch.bfloat16:
-        out = _scaled_mm(rows, weight_NC)
-        return out if bias_N is None else out.add_(bias_N)
-    return ref_linear(rows, weight_NC, bias_N, dtype)
+        product = _scaled_mm(rows, weight_NC, out)
+        return product if bias_N is None else product.add_(bias_N)
+    product = ref_linear(rows, weight_NC, bias_N, dtype)
+    return product if out is None else out.copy_(product)
 
 
 def linear_fits(shape_NC: tuple[int, ...]) -> bool:
@@ -125,9 +127,11 @@ def linear_fits(shape_NC: tuple[int, ...]) -> bool:
     return all(size % 16 == 0 for size in shape_NC)
 
 
-def _scaled_mm(x_RC: Float8Rows, weight_NC: Float8Rows) -> torch.Tensor:
+def _scaled_mm(x_RC: Float8Rows, weight_NC: Float8Rows, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        out = x_RC.scale.new_empty(len(x_RC), len(weight_NC), dtype=torch.bfloat16)
     if not len(x_RC):
-        return x_RC.values.new_empty(0, len(weight_NC), dtype=torch.bfloat16)
+        return out
     return torch._scaled_mm(
         x_RC.values,
         weight_NC.values.t(),
@@ -135,4 +139,5 @@ def _scaled_mm(x_RC: Float8Rows, weight_NC: Float8Rows) -> torch.Tensor:
         scale_b=weight_NC.scale[None, :],
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
+        out=out,
     )
