@@ -266,11 +266,18 @@ def test_usable_blocks_end_before_the_first_asked_position():
     assert [usable_blocks(asking(tokens, [first, 49])) for first in (0, 15, 16, 31, 32, 48)] == [0, 0, 1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_second_question_about_a_text_hits_from_python(dtype):
+@pytest.fixture
+def _one_thread_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_one_thread_afterwards")
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("float32", 3), ("bfloat16", 1)])
+def test_a_second_question_about_a_text_hits_from_python(dtype, threads):
     mail = " ".join(f"Line {index}: please send the report on day {index} of the month." for index in range(40))
     options = {"labels": ["spam", "ham"], "template": "{text}\n\nQuestion: Is this {kind}?\nAnswer:"}
-    with Engine(DEMO, device="cpu", dtype=dtype, threads=1, kv_gib=0.05) as engine:
+    with Engine(DEMO, device="cpu", dtype=dtype, threads=threads, kv_gib=0.05) as engine:
         first = engine.classify([{"text": mail, "kind": "spam or ham"}], **options)
         assert engine.stats.pooled_tokens == 0
         again = engine.classify([{"text": mail, "kind": "spam or ham"}], **options)
