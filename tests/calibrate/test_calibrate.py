@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_prefill import ops
 from moe_prefill.calibrate import Grid, calibrate, kernels
 from moe_prefill.calibrate.operations import LayerBench, layer_batch, one_layer
 from moe_prefill.cli import main
@@ -40,7 +41,9 @@ def test_every_rate_is_measured_and_the_profile_can_be_used():
     assert prediction.compute_s > spec.num_layers * found.layer_overhead_s
 
 
-def test_float8_experts_are_measured_beside_the_rest():
+@pytest.mark.parametrize("blocks", [False, True])
+def test_float8_experts_are_measured_beside_the_rest(blocks, monkeypatch):
+    monkeypatch.setattr(ops, "blocks_refused", lambda *_: None if blocks else "not asked for")
     spec, _ = open_model(DEMO, "dummy")
     found = calibrate(spec, CPU, torch.float32, model="demo", command="test", float8=True, grid=SMALL)
     assert [*found.grouped] == [*found.elementwise] == ["float32", "float8"]

@@ -16,6 +16,7 @@ from .. import ops
 from ..checkpoint import dummy_slots
 from ..core import AtomicRequest, ModelSpec
 from ..costmodel import Batch, Rows, layer_seconds, layer_work
+from ..engine.banks import BankMemory
 from ..engine.plan import build_sweep_plan
 from ..engine.sweep import rope_rows, run_layer
 from ..errors import UsageError
@@ -24,7 +25,7 @@ from ..machine import Curve, MachineProfile
 from ..memory import memory_plan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, LayerWeights, weights_from_slots
-from ..shapes import bank_shapes, float8_slots, slot_shapes
+from ..shapes import Shape, bank_shapes, float8_slots, slot_shapes
 from .timing import seconds
 
 _FIT_LENGTH = 256  # tokens a request of the whole layers that are timed: attention is a small part of them
@@ -47,8 +48,7 @@ class LayerBench:
     ) -> None:
         self.spec = one_layer(spec)
         self.device, self.dtype, self._budget_s = device, dtype, budget_s
-        self._layer, bank = self._weights(float8)
-        self._bank = _quantised(bank) if float8 else bank
+        self._layer, self._bank = self._weights(float8)
         self._decoder = Decoder(self.spec)
         self.precision = "float8" if float8 else str(dtype).removeprefix("torch.")
 
@@ -63,13 +63,26 @@ class LayerBench:
     def grouped(self, tokens: int) -> float:
         """FLOP/s of both expert projections on ``tokens`` tokens, spread at random over the experts."""
         spec = self.spec
-        scores = torch.rand(tokens, spec.num_experts, device=self.device)
-        counts = torch.bincount(scores.topk(spec.top_k).indices.flatten(), minlength=spec.num_experts)
-        ends = counts.cumsum(0).to(torch.int32)
-        x_RD, hidden_RI = (self._random(tokens * spec.top_k, n) for n in (spec.hidden_size, spec.expert_size))
+        ids_TK = torch.rand(tokens, spec.num_experts, device=self.device).topk(spec.top_k).indices
+        return 6 * ids_TK.numel() * spec.hidden_size * spec.expert_size / self._expert_seconds(ids_TK)
+
+    def _expert_seconds(self, ids_TK: torch.Tensor) -> float:
+        """Of the products alone; rows that only align count as time, not as work."""
+        spec, scales = self.spec, self._bank.scales
+        if scales is not None and scales[0].ndim == 4:
+            bank, rows = (
+                ops.BlockBank.of(self._bank.gate_up, self._bank.down, scales),
+                ops.aligned_rows(ids_TK, spec.num_experts),
+            )
+            x, hidden = (
+                ops.quantize_groups(self._random(len(rows.expert), n)) for n in (spec.hidden_size, spec.expert_size)
+            )
+            taken_s = self._seconds(lambda: bank.times_gate_up(*x, rows.expert, self.dtype))
+            return taken_s + self._seconds(lambda: bank.times_down(*hidden, rows.expert, self.dtype))
+        ends = torch.bincount(ids_TK.flatten(), minlength=spec.num_experts).cumsum(0).to(torch.int32)
+        x_RD, hidden_RI = (self._random(ids_TK.numel(), n) for n in (spec.hidden_size, spec.expert_size))
         taken_s = self._expert_product(x_RD, self._bank.gate_up, self._bank.gate_up_scale, ends)
-        taken_s += self._expert_product(hidden_RI, self._bank.down, self._bank.down_scale, ends)
-        return 6 * tokens * spec.top_k * spec.hidden_size * spec.expert_size / taken_s
+        return taken_s + self._expert_product(hidden_RI, self._bank.down, self._bank.down_scale, ends)
 
     def attention(self, length: int, tokens: int) -> float:
         """FLOP/s of causal attention over sequences of ``length`` tokens, ``tokens`` in all or one sequence."""
@@ -130,31 +143,26 @@ class LayerBench:
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
 
     def _weights(self, float8: bool) -> tuple[LayerWeights, ExpertBank]:
-        shapes = slot_shapes(self.spec) | bank_shapes(self.spec)
-        slots = dummy_slots(
-            shapes,
-            lambda _, shape: torch.empty(shape, dtype=self.dtype, device=self.device),
-            top_k=self.spec.top_k,
-            device=self.device,
+        """The banks are those that an engine would have here."""
+        shapes, spec = slot_shapes(self.spec) | bank_shapes(self.spec), self.spec
+        blocks = float8 and ops.blocks_refused(spec.hidden_size, spec.expert_size, self.dtype, self.device) is None
+        banks = BankMemory(
+            spec, ["resident"], dtype=ops.FLOAT8 if float8 else self.dtype, device=self.device, blocks=blocks
         )
-        bank = ExpertBank(slots["banks.0.gate_up"], slots["banks.0.down"])
+
+        def allocate(slot: str, shape: Shape) -> torch.Tensor:
+            if slot.startswith("banks."):
+                return banks.allocate(slot, shape)
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        slots = dummy_slots(shapes, allocate, top_k=spec.top_k, device=self.device)
+        source = banks.source()
+        source.begin_sweep()
+        bank = source.acquire(0)
+        assert bank is not None
+        source.close()
         quantised = {slot: ops.Float8Rows.of(slots[slot]) for slot in float8_slots(shapes)} if float8 else {}
         return weights_from_slots(self.spec, {**slots, **quantised}).layers[0], bank
-
-
-def _quantised(bank: ExpertBank) -> ExpertBank:
-    """The same experts as float8 with a scale a row, one expert at a time."""
-    gate_up, gate_up_scale = _stacked(bank.gate_up)
-    down, down_scale = _stacked(bank.down)
-    return ExpertBank(gate_up, down, gate_up_scale, down_scale)
-
-
-def _stacked(weight_ENC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values = torch.empty(weight_ENC.shape, dtype=ops.FLOAT8, device=weight_ENC.device)
-    scale_EN = torch.empty(weight_ENC.shape[:-1], dtype=torch.float32, device=weight_ENC.device)
-    for expert, weight_NC in enumerate(weight_ENC):
-        values[expert], scale_EN[expert] = ops.quantize_rows(weight_NC)
-    return values, scale_EN
 
 
 def layer_batch(tokens: int) -> Batch:

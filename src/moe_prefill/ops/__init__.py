@@ -1,7 +1,7 @@
 """One file an operation: a plain-torch reference, the checks, and the kernel where there is one."""
 
 from .attention import Spans, attention
-from .block_experts import blocks_refused
+from .block_experts import BlockBank, aligned_rows, blocks_refused
 from .expert_rows import chosen as experts_kernel
 from .expert_rows import explain as explain_experts
 from .experts import combine, experts
@@ -12,7 +12,16 @@ from .head import candidate_logits, vocabulary_scores
 from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_, rms_norm_for
 from .merge import merge_
 from .permute import ExpertOrder, order_by_expert, permute, permute_quantize
-from .quantize import BLOCK, FLOAT8, dequantize, dequantize_blocks, quantize_blocks, quantize_rows, swiglu_quantize
+from .quantize import (
+    BLOCK,
+    FLOAT8,
+    dequantize,
+    dequantize_blocks,
+    quantize_blocks,
+    quantize_groups,
+    quantize_rows,
+    swiglu_quantize,
+)
 from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
 from .rope import head_norm_rope, rope_tables
 from .router import route, top_k_weights
@@ -21,11 +30,13 @@ from .swiglu import swiglu
 __all__ = [
     "BLOCK",
     "FLOAT8",
+    "BlockBank",
     "ExpertOrder",
     "Float8Rows",
     "Matrix",
     "Spans",
     "add_rms_norm_",
+    "aligned_rows",
     "attention",
     "blocks_refused",
     "candidate_logits",
@@ -47,6 +58,7 @@ __all__ = [
     "permute",
     "permute_quantize",
     "quantize_blocks",
+    "quantize_groups",
     "quantize_rows",
     "rms_norm",
     "rms_norm_for",

@@ -43,6 +43,52 @@ def aligned_rows(ids_TK: torch.Tensor, num_experts: int, num_rows: int | None = 
     return AlignedRows(order, expert.masked_fill_(expert >= num_experts, -1))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockBank:
+    """A bank as the products take it: 3 E matrices, of which every third is a gate, an up or a down projection.
+
+    ``gate_up`` [3 E, I, D] and ``down`` [3 E, D, I] are the same bytes; their scales, float32 [3 E, I / 128, D / 128]
+    and [3 E, D / 128, I / 128], mean something where the matrix is of that kind.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down_scale: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, gate_up_E2ID: torch.Tensor, down_EDI: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor]
+    ) -> BlockBank:
+        """Views of experts without gaps; ``scales`` [E, 3, ...]."""
+        E, D, I = down_EDI.shape
+        assert gate_up_E2ID.stride() == (3 * I * D, D, 1), gate_up_E2ID.stride()
+        assert down_EDI.stride() == (3 * I * D, I, 1), down_EDI.stride()
+        start = down_EDI.storage_offset() - 2 * I * D
+        return cls(
+            gate_up_E2ID.as_strided((3 * E, I, D), (I * D, D, 1)),
+            down_EDI.as_strided((3 * E, D, I), (D * I, I, 1), start),
+            scales[0].flatten(0, 1),
+            scales[1].flatten(0, 1),
+        )
+
+    def times_gate_up(
+        self, rows_MD: torch.Tensor, scale_GM: torch.Tensor, expert_M: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up of each row, [M, I] each."""
+        gate, up = (
+            block_grouped_mm(rows_MD, scale_GM, self.gate_up, self.gate_up_scale, _matrix(expert_M, which), dtype)
+            for which in (0, 1)
+        )
+        return gate, up
+
+    def times_down(
+        self, hidden_MI: torch.Tensor, scale_GM: torch.Tensor, expert_M: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[M, D]."""
+        return block_grouped_mm(hidden_MI, scale_GM, self.down, self.down_scale, _matrix(expert_M, 2), dtype)
+
+
 def block_experts_rows(
     x_TD: torch.Tensor,
     rows: AlignedRows,
@@ -55,20 +101,11 @@ def block_experts_rows(
     ``scales`` float32 [E, 3, I / 128, D / 128] and [E, 3, D / 128, I / 128]: those of gate and up in the first two
     places, those of down in the third, so that a product finds them at the index of its matrix.
     """
-    E, D, I = down_EDI.shape
-    dtype = x_TD.dtype
-    assert gate_up_E2ID.stride() == (3 * I * D, D, 1), gate_up_E2ID.stride()
-    assert down_EDI.stride() == (3 * I * D, I, 1), down_EDI.stride()
-    gates, downs = gate_up_E2ID.as_strided((3 * E, I, D), (I * D, D, 1)), _from_bank_start(down_EDI, 2 * I * D)
+    bank = BlockBank.of(gate_up_E2ID, down_EDI, scales)
     values_TD, scale_GT = quantize_groups(x_TD)
     rows_MD, scale_GM = permute(values_TD, rows.order), scale_GT.index_select(1, rows.order.token_of_row_R)
-    first = torch.where(rows.expert < 0, -1, 3 * rows.expert)
-    gate, up = (
-        block_grouped_mm(rows_MD, scale_GM, gates, scales[0].flatten(0, 1), _after(first, which), dtype)
-        for which in (0, 1)
-    )
-    hidden_MI, scale_GM = swiglu_quantize_groups(gate, up)
-    return block_grouped_mm(hidden_MI, scale_GM, downs, scales[1].flatten(0, 1), _after(first, 2), dtype)
+    hidden_MI, scale_GM = swiglu_quantize_groups(*bank.times_gate_up(rows_MD, scale_GM, rows.expert, x_TD.dtype))
+    return bank.times_down(hidden_MI, scale_GM, rows.expert, x_TD.dtype)
 
 
 def ref_block_grouped_mm(
@@ -136,11 +173,6 @@ def _deep_gemm_fault(device: torch.device) -> str | None:
         return f"sgl-deep-gemm does not work here: {' '.join(str(problem).split())[:200]}"
 
 
-def _after(first: torch.Tensor, which: int) -> torch.Tensor:
-    return torch.where(first < 0, -1, first + which).to(torch.int32)
-
-
-def _from_bank_start(down_EDI: torch.Tensor, offset: int) -> torch.Tensor:
-    """All 3 E matrices as if each were a down projection [D, I]; only every third is one."""
-    E, D, I = down_EDI.shape
-    return down_EDI.as_strided((3 * E, D, I), (D * I, I, 1), down_EDI.storage_offset() - offset)
+def _matrix(expert_M: torch.Tensor, which: int) -> torch.Tensor:
+    """The index of gate (0), up (1) or down (2) of each row's expert; -1 stays."""
+    return torch.where(expert_M < 0, -1, 3 * expert_M + which).to(torch.int32)
