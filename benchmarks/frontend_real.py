@@ -7,9 +7,9 @@
 The machine's rates are measured first (``--profile`` takes earlier ones): on a CPU in as many processes at once as
 there will be workers, with as many threads each, since they share its memory. Every policy gets the same requests, all
 at once, and the same sweeps; the simulator gets the machine that the frontend believes in. A measured figure is the
-median of ``--repeats`` runs after a warm-up on a quarter of the requests; ``ratio`` is simulated over measured.
-``pace``: what the warm-up's sweeps took over what was predicted of them; ``ratio_at_pace`` is the ratio with the
-prediction corrected by it, as the frontend corrects its own.
+median of ``--repeats`` runs after one to warm up (products of a new shape are compiled first); ``ratio`` is simulated
+over measured. ``pace``: what the last sweeps of the warm-up took over what was predicted of them; ``ratio_at_pace`` is
+the ratio with the prediction corrected by it, as the frontend corrects its own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _cell(config: EngineConfig, policy: str, options: argparse.Namespace) -> dic
     with closing(RoutedEngine(config, Routing(policy=policy))) as engine:
         limits = engine.limits
         workload = make_workload(options.mix, scale=options.scale).fitted(limits.max_request_tokens, limits.vocab_size)
-        engine.score(_salted(workload.requests[: len(workload.requests) // 4], "warm-up"))
+        engine.score(_salted(workload.requests, "warm-up"))
         pace = engine.pace
         runs = [_run(engine, _salted(workload.requests, str(repeat))) for repeat in range(options.repeats)]
         outcome = _simulated(engine.machine, workload.requests, policy, options.gpus)
