@@ -152,7 +152,7 @@ def _memory(engine: LocalEngine) -> dict[str, Any]:
     if engine.device_kind == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
         found["attention_kernel"] = ops.flash_kernel(device).name
-        found["experts_kernel"] = ops.experts_kernel(device).name
+        found["experts_kernel"] = engine.experts_kernel
         found["peak_hbm_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 

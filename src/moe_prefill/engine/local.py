@@ -153,6 +153,14 @@ class LocalEngine:
         return datasheet_peak(torch.cuda.get_device_name(self._device), precision)
 
     @property
+    def experts_kernel(self) -> str:
+        """What multiplies the experts: a kernel's name, or how their float8 is computed."""
+        if self._quantization is not None:
+            return self._quantization
+        wide = self._device.type == "cpu" or self._weights.embed.dtype != torch.bfloat16
+        return "plain" if wide else ops.experts_kernel(self._device).name
+
+    @property
     def plan_digest(self) -> str:
         """What may change a result's last bits, as one short string."""
         facts = {
@@ -160,7 +168,7 @@ class LocalEngine:
             "dtype": self._dtype_name(),
             "quantization": self._quantization,
             "attention": self._attention_kernel(),
-            "experts": ops.experts_kernel(self._device).name if self._device.type == "cuda" else "plain",
+            "experts": self.experts_kernel,
             "torch": torch.__version__,
             "threads": self._threads if self._device.type == "cpu" else 0,
             "sharing": self._sharing,
