@@ -16,11 +16,10 @@ from ..errors import PlanError, UsageError
 from ..machine import MachineProfile, estimated_profile, load_profile
 from ..memory import GIB
 from ..models import preset, preset_names, spec_from_hf
-from ..residency import TOKENS_PER_REQUEST, Budget, ResidencyPlan, plan_for, predicted_sweep
+from ..residency import TOKENS_PER_REQUEST, UNBOUNDED, Budget, ResidencyPlan, plan_for, predicted_sweep
 from ..residency.speed import PRECISIONS, with_chunks
 from .fields import given
 
-_UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
 _STORED = {"float16": "bfloat16"}  # what the published type is computed in
 
 
@@ -112,7 +111,7 @@ def device_budget(options: PlanOptions) -> Budget:
     """Each rank's memory, from the settings alone."""
     config = options.config
     assert config.memory_gib is not None
-    host = _UNBOUNDED if config.host_gib is None else int(config.host_gib * GIB)
+    host = UNBOUNDED if config.host_gib is None else int(config.host_gib * GIB)
     return Budget(
         device_bytes=int(config.memory_gib * GIB), host_bytes=host // options.ranks, ranks=options.ranks, kind="cuda"
     )

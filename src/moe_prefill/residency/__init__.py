@@ -4,7 +4,7 @@ Torch-free.
 
 from .levels import Level, Levels, parse_residency, residency_map
 from .plan import Budget, Pins, ResidencyPlan, Speed
-from .planner import plan_residency, weight_bytes
+from .planner import UNBOUNDED, plan_residency, weight_bytes
 from .record import (
     DTYPE_BYTES,
     RECORD_ALIGNMENT,
@@ -23,6 +23,7 @@ __all__ = [
     "DTYPE_BYTES",
     "RECORD_ALIGNMENT",
     "TOKENS_PER_REQUEST",
+    "UNBOUNDED",
     "Budget",
     "ExpertRecord",
     "Level",

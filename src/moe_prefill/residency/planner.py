@@ -43,6 +43,7 @@ from .levels import (
 from .plan import Budget, Pins, ResidencyPlan, Speed
 from .record import DTYPE_BYTES, bank_bytes, block_scale_bytes, shard_bytes
 
+UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
 _RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
 _HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
 _FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
@@ -251,9 +252,13 @@ class _Planner:
             f"the model does not fit on {where}: with banks {levels or 'nowhere'} and a sweep of {least[0]:,} "
             f"token{'s' * (least[0] != 1)}, each rank needs {show_bytes(sum(device.values()))} of device memory and "
             f"there are {show_bytes(self.budget.device_bytes)}; {show_bytes(sum(host.values()))} of host memory and "
-            f"there are {show_bytes(self.budget.host_bytes)}\n" + "\n".join(lines) + f"\n{largest}; "
+            f"{self._host_there_is()}\n" + "\n".join(lines) + f"\n{largest}; "
             f"{self._remedy(host)}"
         )
+
+    def _host_there_is(self) -> str:
+        unbounded = self.budget.host_bytes >= UNBOUNDED
+        return "no limit of it is given" if unbounded else f"there are {show_bytes(self.budget.host_bytes)}"
 
     def _remedy(self, host: Mapping[str, int]) -> str:
         missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..blocks import BlockEvents
-from ..core import RunStats, Schedule
+from ..core import RunStats, Schedule, WorkerState
 from ..frontend import FormedSweep, Frontend, Limits, Machine, Policy, Threshold, Ticket, full_sweep_flops
 from ..messages import PackedChains, PackedRequests, Score
 
@@ -56,6 +56,7 @@ class Dispatch:
         self._took_s = self._predicted_s = 0.0  # of sweeps, older ones counting less
         self._schedule, self._lead = schedule, lead
         self._given: list[deque[_Given]] = [deque() for _ in range(num_ranks)]
+        self._work = [RunStats() for _ in range(num_ranks)]
         self._begun = [0] * num_ranks  # layers that a rank had finished before the sweep that it computes
         self._next_round = 0
         self._to_audit = set[int]()
@@ -102,6 +103,7 @@ class Dispatch:
         entry = self._given[rank].popleft()
         assert entry.number == number, (rank, entry.number, number)
         self._begun[rank] += self.machine.spec.num_layers
+        self._work[rank] += stats
         if events is not None:
             self.frontend.workers[rank].table.apply(events)
             self._to_audit.add(rank)
@@ -109,6 +111,21 @@ class Dispatch:
             return None
         self._learn(rank, entry.sweep, stats)
         return self.frontend.finished(entry.sweep.number)
+
+    def states(self) -> list[WorkerState]:
+        """Every rank, for reports; any thread may ask."""
+        residency = dict(Counter(level or "dense" for level in self.machine.levels))
+        return [
+            WorkerState(
+                rank=rank,
+                alive=worker.alive,
+                load_flops=worker.load.flops,
+                saturation_flops=self.threshold.flops,
+                residency=residency,
+                stats=self._work[rank],
+            )
+            for rank, worker in enumerate(self.frontend.workers)
+        ]
 
     def wait_s(self, now_s: float) -> float | None:
         """Until when there is nothing to decide, if nothing comes; None: for ever."""

@@ -13,7 +13,7 @@ from typing import cast
 
 from ..blocks import BlockHasher
 from ..config import EngineConfig
-from ..core import AtomicRequest, AtomicResult
+from ..core import AtomicRequest, AtomicResult, WorkerState
 from ..errors import Overloaded, RowError, UsageError, WorkerError
 from ..frontend import POLICIES, Machine, Ticket, make_policy, make_ticket
 from ..machine import estimated_profile, load_profile
@@ -99,6 +99,10 @@ class RoutedEngine(ProcessEngine):
     def backlog_s(self) -> float:
         """Predicted seconds until everything taken in has been computed."""
         return self.pace * self._routes.frontend.backlog_s()
+
+    def worker_states(self) -> list[WorkerState]:
+        """See ``core.ReportingEngine``."""
+        return self._routes.states()
 
     def submit(self, requests: Sequence[AtomicRequest], *, patient: bool = False) -> list[Reply]:
         """Take requests in, together; each gets a reply, from which ``result`` raises RowError (it cannot be computed),
