@@ -47,7 +47,7 @@ def bench(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure tokens/s and MFU of a model, and show where the time of a layer goes."""
-    from ..bench import Job, check_peer, is_preset, report_head, run_ours, save_report
+    from ..bench import Job, check_peer, is_preset, report_head, run_ours
 
     for name in peer or []:
         check_peer(name, peer_site)
@@ -73,6 +73,15 @@ def bench(
     assert job.parsed  # a cell that cannot be read is refused before the weights load
     head, console = report_head(["moe-prefill", *sys.argv[1:]]), Console(highlight=False)
     found = _with_peers(job, peer, peer_site) if peer else run_ours(job)
+    _report(console, found, head, output, plot)
+
+
+def _report(
+    console: Console, found: list[dict[str, Any]], head: dict[str, Any], output: Path | None, plot: Path | None
+) -> None:
+    """Print the cells, and save them and their picture where asked."""
+    from ..bench import save_report
+
     console.print(_rates(found, head))
     if any("breakdown" in cell for cell in found):
         console.print(_layers(found))

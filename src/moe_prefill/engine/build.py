@@ -34,17 +34,8 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     """An engine ready to score. Raises UsageError, ModelError or PlanError, each with the numbers, before any work is
     lost. ``layers_done`` int64 [1] counts the layers that have been computed.
     """
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # Weights of all sizes come first and activations after them: without this, gaps of gigabytes stay unused.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = rank_device(config.device, ranks)
-    # The count must not change between a job and its resumption.
-    threads = 1 if device.type == "cuda" else config.threads or len(os.sched_getaffinity(0))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels are launched on the current device
-    else:
-        torch.set_num_threads(threads)
-        keep_freed_memory()
+    threads = prepare(device, config.threads)
     trace = None if config.trace is None else TraceWriter(trace_path(config.trace, ranks), ranks.rank)
     spec, _ = open_model(config.model, config.load_format, config.num_layers, config.revision)
     dtype = pick_dtype(config.dtype, spec, device)
@@ -93,6 +84,22 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         worker=ranks.rank,
         check_finite=config.check_finite,
     )
+
+
+def prepare(device: torch.device, threads: int | None) -> int:
+    """Set torch and the allocators of this process up for a device; the number of threads, which must not change
+    between a job and its resumption.
+    """
+    if device.type == "cuda":
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # Weights of all sizes come first and activations after them: without this, gaps of gigabytes stay unused.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+        return 1
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    keep_freed_memory()
+    return count
 
 
 def float8_form(spec: ModelSpec, bank_dtype: str, dtype: torch.dtype, device: torch.device) -> str | None:

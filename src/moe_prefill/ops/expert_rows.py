@@ -18,7 +18,7 @@ from .permute import ExpertOrder, permute
 from .swiglu import swiglu
 
 VARIABLE = "MOE_PREFILL_EXPERTS"
-_TILE = (128, 192)  # two groups of warps that take turns; the best or near it at 16,384 and 65,536 rows of 30B and 235B
+_TILE = (128, 192)  # rows x channels; two groups of warps take turns
 
 
 @dataclass(frozen=True, slots=True)
