@@ -205,11 +205,12 @@ def test_schedules_in_which_ranks_need_one_another(schedule):
 
 
 CONTROLLER = """
-import json, sys, threading, time
+import json, signal, sys, threading, time
 from moe_prefill.config import EngineConfig
 from moe_prefill.workers import GroupEngine, group
 from tests.workers.helpers import workers
 group.WORKER = "tests.workers.fake_worker"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so a suite, may ignore it
 def tell():
     while len(workers()) < 3:
         time.sleep(0.01)
