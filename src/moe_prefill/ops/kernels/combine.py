@@ -27,7 +27,7 @@ def _combine_kernel(
     for k in tl.static_range(K):
         row = tl.load(slot_ptr + token * K + k).to(tl.int64)
         weight = tl.load(weight_ptr + token * K + k).to(tl.float32)
-        value = tl.load(rows_ptr + row * D + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+        value = tl.load(rows_ptr + row * D + column, mask=tl.where(row >= 0, inside, False), other=0.0).to(tl.float32)
         total += tl.where(row >= 0, weight * value, 0.0)
     kind = out_ptr.dtype.element_ty
     residual = tl.load(residual_ptr + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)

@@ -19,7 +19,8 @@ def _permute_kernel(x_ptr, row_of_slot_ptr, out_ptr, x_stride, D, K: tl.constexp
     x = tl.load(x_ptr + token * x_stride + column, mask=inside)
     for k in tl.static_range(K):
         row = tl.load(row_of_slot_ptr + token * K + k).to(tl.int64)
-        tl.store(out_ptr + row * D + column, x, mask=inside & (row >= 0))
+        # Not ``inside & (row >= 0)``: Triton 3.9's interpreter widens that scalar to int32 and refuses the mask.
+        tl.store(out_ptr + row * D + column, x, mask=tl.where(row >= 0, inside, False))
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _permute_quantize_kernel(
     scaled = scaled.to(out_ptr.dtype.element_ty)
     for k in tl.static_range(K):
         row = tl.load(row_of_slot_ptr + token * K + k).to(tl.int64)
-        tl.store(out_ptr + row * D + column, scaled, mask=inside & (row >= 0))
+        tl.store(out_ptr + row * D + column, scaled, mask=tl.where(row >= 0, inside, False))
         tl.store(scale_ptr + row, scale, mask=row >= 0)
 
 
