@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import quantized_outputs, scaled_row
+from .quantize import load_row, quantized_outputs, scaled_row
 
 
 @triton.jit
@@ -36,10 +36,7 @@ def _permute_quantize_kernel(
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
-    values = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    values, token, column, inside = load_row(x_ptr, x_stride, D, BLOCK)
     scaled, scale = scaled_row(values, LEAST, MOST)
     scaled = scaled.to(out_ptr.dtype.element_ty)
     for k in tl.static_range(K):

@@ -8,6 +8,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .swiglu import rounded_swiglu
+
+
+@triton.jit
+def load_row(x_ptr, row_stride, width, BLOCK: tl.constexpr):
+    """The program's row in float32, with its index, its columns, and which of these are channels."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    return values, row, column, inside
+
 
 @triton.jit
 def scaled_row(values, LEAST: tl.constexpr, MOST: tl.constexpr):
@@ -26,10 +38,7 @@ def store_row(values, inside, out_ptr, scale_ptr, row, column, width, LEAST: tl.
 def _quantize_kernel(
     x_ptr, out_ptr, scale_ptr, row_stride, C, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < C
-    values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    values, row, column, inside = load_row(x_ptr, row_stride, C, BLOCK)
     store_row(values, inside, out_ptr, scale_ptr, row, column, C, LEAST, MOST)
 
 
@@ -37,15 +46,9 @@ def _quantize_kernel(
 def _swiglu_quantize_kernel(
     x_ptr, out_ptr, scale_ptr, row_stride, F, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < F
-    kind = x_ptr.dtype.element_ty
-    gate = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate, row, column, inside = load_row(x_ptr, row_stride, F, BLOCK)
     up = tl.load(x_ptr + row * row_stride + F + column, mask=inside, other=0.0).to(tl.float32)
-    # Rounded where the plain version rounds, so that both quantise the same numbers.
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    values = (silu * up).to(kind).to(tl.float32)
+    values = rounded_swiglu(gate, up, x_ptr.dtype.element_ty).to(tl.float32)
     store_row(values, inside, out_ptr, scale_ptr, row, column, F, LEAST, MOST)
 
 
@@ -85,11 +88,9 @@ def _swiglu_quantize_groups_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < F
-    kind = gate_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    values = (silu * up).to(kind).to(tl.float32)
+    values = rounded_swiglu(gate, up, gate_ptr.dtype.element_ty).to(tl.float32)
     _store_groups(values, inside, out_ptr, scale_ptr, row, column, F, R, LEAST, MOST)
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import quantized_outputs, store_row
+from .quantize import load_row, quantized_outputs, store_row
 
 
 @triton.jit
@@ -23,18 +23,14 @@ def _normed(x, weight_ptr, column, inside, D, eps, KIND: tl.constexpr):
 def _rms_norm_kernel(
     x_ptr, delta_ptr, weight_ptr, out_ptr, x_stride, delta_stride, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
+    x, row, column, inside = load_row(x_ptr, x_stride, D, BLOCK)
     kind = out_ptr.dtype.element_ty
-    source = x_ptr + row * x_stride + column
-    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x = (x + tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)).to(kind)
         x = x.to(tl.float32)
     tl.store(out_ptr + row * D + column, _normed(x, weight_ptr, column, inside, D, eps, kind), mask=inside)
     if ADD:
-        tl.store(source, x.to(kind), mask=inside)
+        tl.store(x_ptr + row * x_stride + column, x.to(kind), mask=inside)
 
 
 @triton.jit
@@ -50,10 +46,7 @@ def _rms_norm_quantize_kernel(
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x, row, column, inside = load_row(x_ptr, x_stride, D, BLOCK)
     normed = _normed(x, weight_ptr, column, inside, D, eps, x_ptr.dtype.element_ty).to(tl.float32)
     store_row(normed, inside, out_ptr, scale_ptr, row, column, D, LEAST, MOST)
 

@@ -10,6 +10,13 @@ _TILE = 4096  # elements of a program
 
 
 @triton.jit
+def rounded_swiglu(gate, up, KIND: tl.constexpr):
+    """``silu(gate) * up`` of float32 tiles in ``KIND``, with silu rounded to it first, as the reference does."""
+    silu = (gate / (1.0 + tl.exp(-gate))).to(KIND).to(tl.float32)
+    return (silu * up).to(KIND)
+
+
+@triton.jit
 def _swiglu_kernel(x_ptr, out_ptr, row_stride, R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -17,10 +24,7 @@ def _swiglu_kernel(x_ptr, out_ptr, row_stride, R, F, ROWS: tl.constexpr, COLUMNS
     source = x_ptr + row * row_stride + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + F, mask=inside, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
-    # silu is rounded before the product, as the reference does.
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(out_ptr + row * F + column, (silu * up).to(kind), mask=inside)
+    tl.store(out_ptr + row * F + column, rounded_swiglu(gate, up, out_ptr.dtype.element_ty), mask=inside)
 
 
 def swiglu_kernel(gate_up_R2F: torch.Tensor) -> torch.Tensor:
