@@ -33,11 +33,10 @@ def random_config(family: str, seed: int) -> transformers.PreTrainedConfig:
     head_dim = r.choice([8, 16, 24])
     hidden = r.choice([32, 40, 64]) if family in ("qwen3_moe", "mixtral") else heads * head_dim
     experts = r.choice([4, 7, 12])
-    layers = r.choice([1, 2, 3, 4])
     common = {
         "vocab_size": VOCAB,
         "hidden_size": hidden,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": r.choice([1, 2, 3, 4]),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "num_experts_per_tok": r.randint(1, min(4, experts)),
@@ -53,25 +52,38 @@ def random_config(family: str, seed: int) -> transformers.PreTrainedConfig:
         "experts_implementation": "eager",
     }
     if family == "mixtral":
-        return transformers.MixtralConfig(
-            **common,
-            # transformers itself fails on an absent head_dim with a scaled rope
-            head_dim=None
-            if common["rope_parameters"]["rope_type"] == "default" and hidden % (2 * heads) == 0
-            else head_dim,
-            intermediate_size=r.choice([16, 24]),
-            num_local_experts=experts,
-            sliding_window=r.choice([None, 3, 9, 40]),
-        )
+        return _random_mixtral(r, common, head_dim, experts)
     if family == "olmoe":
-        return transformers.OlmoeConfig(
-            **common,
-            intermediate_size=r.choice([16, 24]),
-            num_experts=experts,
-            norm_topk_prob=r.random() < 0.5,
-            clip_qkv=r.choice([None, 0.5, 2.0]),
-            attention_bias=r.random() < 0.5,
-        )
+        return _random_olmoe(r, common, experts)
+    return _random_qwen(r, family, common, head_dim, experts)
+
+
+def _random_mixtral(r: random.Random, common: dict, head_dim: int, experts: int) -> transformers.PreTrainedConfig:
+    # transformers itself fails on an absent head_dim with a scaled rope
+    is_plain = common["rope_parameters"]["rope_type"] == "default"
+    return transformers.MixtralConfig(
+        **common,
+        head_dim=None if is_plain and common["hidden_size"] % (2 * common["num_attention_heads"]) == 0 else head_dim,
+        intermediate_size=r.choice([16, 24]),
+        num_local_experts=experts,
+        sliding_window=r.choice([None, 3, 9, 40]),
+    )
+
+
+def _random_olmoe(r: random.Random, common: dict, experts: int) -> transformers.PreTrainedConfig:
+    return transformers.OlmoeConfig(
+        **common,
+        intermediate_size=r.choice([16, 24]),
+        num_experts=experts,
+        norm_topk_prob=r.random() < 0.5,
+        clip_qkv=r.choice([None, 0.5, 2.0]),
+        attention_bias=r.random() < 0.5,
+    )
+
+
+def _random_qwen(
+    r: random.Random, family: str, common: dict, head_dim: int, experts: int
+) -> transformers.PreTrainedConfig:
     qwen = {
         "moe_intermediate_size": r.choice([16, 20]),
         "intermediate_size": r.choice([24, 48]),
@@ -89,7 +101,7 @@ def random_config(family: str, seed: int) -> transformers.PreTrainedConfig:
         **qwen,
         shared_expert_intermediate_size=r.choice([16, 40]),
         qkv_bias=r.random() < 0.7,
-        max_window_layers=r.randint(0, layers),
+        max_window_layers=r.randint(0, common["num_hidden_layers"]),
     )
 
 
