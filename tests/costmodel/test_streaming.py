@@ -77,6 +77,17 @@ def test_a_worked_example():
     assert (window.copy_s, window.compute_s) == (3.0, 2.0)
 
 
+def test_a_short_last_layer_exposes_the_next_sweeps_first_bank():
+    """Banks of 1.5 s behind layers of 2 s, the last one cut to 0.5 s: with two buffers the next first bank begins with
+    it and comes 1 s late. A third buffer, or any bank behind which two layers follow, hides it.
+    """
+    layer_s, copies = [2.0, 2.0, 2.0, 0.5], [BankCopy(layer, "host", 1.5) for layer in range(4)]
+    assert exposure(layer_s, 0.0, copies, 2).steady_s == 1.0
+    assert exposure(layer_s, 0.0, copies, 3).steady_s == 0.0
+    for resident in (0, 2):
+        assert exposure(layer_s, 0.0, [copy for copy in copies if copy.layer != resident], 2).steady_s == 0.0
+
+
 def test_what_each_level_brings_over_which_link():
     profile = machine_profile(host=1e9)  # copy-engine 4e9, nccl 3e9
     levels = ["resident", "sharded", "offloaded", "hybrid", None]

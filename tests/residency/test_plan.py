@@ -23,6 +23,7 @@ from moe_prefill.residency import (
     parse_residency,
     plan_residency,
     predicted_speed,
+    predictions,
     residency_map,
     shard_bytes,
 )
@@ -336,7 +337,8 @@ def test_a_speed_decides_between_banks_and_tokens():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_cost_model_never_predicts_less_than_by_the_rule(ranks):
     spec = published("Qwen3-30B-A3B")
-    speed = predicted_speed(spec, estimated_profile("NVIDIA H200"), bank_dtype="bfloat16", ranks=ranks)
+    predict = predictions(spec, estimated_profile("NVIDIA H200"), bank_dtype="bfloat16", ranks=ranks)
+    speed = predicted_speed(predict)
     fast, ruled = plan(spec, 16, 128, ranks, speed=speed), plan(spec, 16, 128, ranks)
     rates = [speed(p.levels, p.sweep.max_sweep_tokens, p.sweep.chunk_rows) for p in (fast, ruled)]
     assert rates[0] >= 0.99 * rates[1]

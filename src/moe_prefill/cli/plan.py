@@ -158,6 +158,7 @@ def plan_fields(options: PlanOptions, plan: ResidencyPlan, forecast: Forecast) -
         "prefetch_depth": plan.prefetch_depth,
         "bank_buffers": plan.bank_buffers,
         "staged_shards": plan.staged_shards,
+        "remedy": plan.remedy,
         "device_bytes": dict(plan.device_bytes),
         "peak_device_bytes": plan.peak_device_bytes,
         "host_bytes": dict(plan.host_bytes),

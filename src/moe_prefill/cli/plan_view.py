@@ -24,6 +24,8 @@ def show_asyncep(options: PlanOptions, spec: ModelSpec, plan: ResidencyPlan, for
         show_bytes_table(console, plan.host_bytes, limit, "host memory for each GPU")
     say(console, "residency", plan.map)
     say(console, "", _levels(plan))
+    if plan.remedy is not None:
+        say(console, "", plan.remedy)
     say(
         console,
         "sweep",

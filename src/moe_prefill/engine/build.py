@@ -16,7 +16,7 @@ from ..config import EngineConfig
 from ..core import Int64Array, ModelSpec
 from ..errors import UsageError
 from ..experts import ALONE, Ranks
-from ..machine import load_profile
+from ..machine import datasheet, estimated_profile, load_profile
 from ..residency import Budget, ResidencyPlan, plan_for
 from ..shapes import float8_slots, linear_slots, slot_shapes
 from .banks import BankMemory
@@ -137,11 +137,12 @@ def trace_path(path: str, ranks: Ranks) -> str:
 
 def plan_within(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, budget: Budget) -> ResidencyPlan:
     """What a rank with this memory holds. Raises UsageError and PlanError."""
-    name = str(dtype).removeprefix("torch.")
-    profile = None
+    profile, gpu = None, torch.cuda.get_device_name() if budget.kind == "cuda" else "cpu"
     if config.profile is not None:
-        profile = load_profile(config.profile, torch.cuda.get_device_name() if budget.kind == "cuda" else "cpu")
-    return plan_for(config, spec, budget, dtype=name, profile=profile)
+        profile = load_profile(config.profile, gpu)
+    elif datasheet(gpu) is not None:
+        profile = estimated_profile(gpu)
+    return plan_for(config, spec, budget, dtype=str(dtype).removeprefix("torch."), profile=profile)
 
 
 def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> Budget:

@@ -16,11 +16,13 @@ from .record import (
     shard_bytes,
     shard_of,
 )
+from .remedies import MOST_EXPOSED, Predict, exposed_share
 from .settings import TOKENS_PER_REQUEST, bank_dtype, plan_for
-from .speed import predicted_speed, predicted_sweep
+from .speed import predicted_speed, predicted_sweep, predictions
 
 __all__ = [
     "DTYPE_BYTES",
+    "MOST_EXPOSED",
     "RECORD_ALIGNMENT",
     "TOKENS_PER_REQUEST",
     "UNBOUNDED",
@@ -29,6 +31,7 @@ __all__ = [
     "Level",
     "Levels",
     "Pins",
+    "Predict",
     "RecordField",
     "ResidencyPlan",
     "Speed",
@@ -36,11 +39,13 @@ __all__ = [
     "bank_bytes",
     "bank_dtype",
     "expert_record",
+    "exposed_share",
     "parse_residency",
     "plan_for",
     "plan_residency",
     "predicted_speed",
     "predicted_sweep",
+    "predictions",
     "residency_map",
     "shard_bytes",
     "shard_of",

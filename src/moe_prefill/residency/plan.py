@@ -43,7 +43,8 @@ class ResidencyPlan:
     ``bank_buffers`` whole banks are kept for streamed layers; ``prefetch_depth`` of them (or of ``staged_shards``,
     where a level is hybrid) fill ahead of the one that is read. ``largest_sweep_tokens`` would fit at these levels,
     ``largest_streamed_tokens`` if every bank streamed that the host has room for, both with the smallest chunks.
-    ``kv_blocks``: blocks of 16 tokens of the pool that keeps prefixes.
+    ``kv_blocks``: blocks of 16 tokens of the pool that keeps prefixes. ``remedy``: what was changed so that fewer banks
+    are waited for, and what that is predicted to bring.
     """
 
     levels: Levels
@@ -63,6 +64,7 @@ class ResidencyPlan:
     device_bytes: Mapping[str, int]
     host_bytes: Mapping[str, int]
     budget: Budget
+    remedy: str | None = None
 
     @property
     def peak_device_bytes(self) -> int:

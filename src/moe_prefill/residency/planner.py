@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core import ModelSpec
+from ..costmodel import SweepPrediction
 from ..errors import PlanError, UsageError
 from ..memory import (
     GIB,
@@ -42,6 +43,7 @@ from .levels import (
 )
 from .plan import Budget, Pins, ResidencyPlan, Speed
 from .record import DTYPE_BYTES, bank_bytes, block_scale_bytes, shard_bytes
+from .remedies import MOST_EXPOSED, Predict, exposed_share, remedies
 
 UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
 _RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
@@ -58,13 +60,15 @@ def plan_residency(
     bank_dtype: str,
     pins: Pins | None = None,
     speed: Speed | None = None,
+    predict: Predict | None = None,
 ) -> ResidencyPlan:
-    """The plan of every rank. ``dtype`` and ``bank_dtype`` are names in ``DTYPE_BYTES``.
+    """The plan of every rank. ``dtype`` and ``bank_dtype`` are names in ``DTYPE_BYTES``. ``speed`` decides between
+    banks and tokens, ``predict`` whether a remedy against exposed banks is worth its memory.
 
     UsageError: pins that contradict the model or the number of ranks. PlanError: it does not fit, with the bytes by
     purpose, what is missing, and the largest sweep that would fit.
     """
-    planner = _Planner(spec, budget, dtype, bank_dtype, pins or Pins())
+    planner = _Planner(spec, budget, dtype, bank_dtype, pins or Pins(), predict)
     return planner.fastest(speed) if speed is not None and planner.free_to_choose else planner.by_rule()
 
 
@@ -73,15 +77,28 @@ class _Candidate:
     levels: Levels
     tokens: int
     chunk_rows: int
+    depth: int | None = None  # of the prefetch; None: as usual for the levels
+
+    @property
+    def buffers(self) -> int:
+        return bank_buffers(self.levels, self.depth)
 
 
 class _Planner:
     """Enumerates candidates and keeps those that fit."""
 
-    def __init__(self, spec: ModelSpec, budget: Budget, dtype: str, bank_dtype: str, pins: Pins) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        budget: Budget,
+        dtype: str,
+        bank_dtype: str,
+        pins: Pins,
+        predict: Predict | None = None,
+    ) -> None:
         if pins.prefetch_depth is not None and pins.prefetch_depth < 1:
             raise UsageError(f"--prefetch-depth is {pins.prefetch_depth}; it must be at least 1")
-        self.spec, self.budget, self.pins = spec, budget, pins
+        self.spec, self.budget, self.pins, self.predict = spec, budget, pins, predict
         self.dtype, self.bank_dtype, self.element = dtype, bank_dtype, DTYPE_BYTES[dtype]
         self.bank, self.shard = bank_bytes(spec, bank_dtype), shard_bytes(spec, bank_dtype, budget.ranks)
         self.weights = weight_bytes(spec, self.element, float8=DTYPE_BYTES[bank_dtype] == 1)
@@ -100,8 +117,6 @@ class _Planner:
         found = next(filter(None, self._tries()), None)
         if found is None:
             raise self._refusal()
-        if self.free_to_choose:
-            found = replace(found, tokens=grown(self.budget.kind, found.tokens, self._room(found)))
         return self._plan(found)
 
     def fastest(self, speed: Speed) -> ResidencyPlan:
@@ -119,7 +134,7 @@ class _Planner:
             (each for rate, each in rated if rate >= least),
             key=lambda each: (-num_streamed(each.levels), each.chunk_rows, -abs(each.tokens - steps[2])),
         )
-        return self._plan(best)
+        return self._plan(best, grow=False)
 
     def _tries(self) -> Iterator[_Candidate | None]:
         pins = self.pins
@@ -135,7 +150,7 @@ class _Planner:
     def _best_levels(self, size: tuple[int, int]) -> _Candidate | None:
         """The best levels that fit beside a sweep of this size, or None."""
         if self.pinned is not None:
-            return self._fitting(_Candidate(self.pinned, *size))
+            return self._fitting(self._at(self.pinned, size))
         return self._first(self._stages()[-1], size)
 
     def _first(self, counts: Sequence[Mapping[Level, int]], size: tuple[int, int]) -> _Candidate | None:
@@ -155,7 +170,10 @@ class _Planner:
         return [resident, devices, devices + fewer("sharded", "hybrid")]
 
     def _candidate(self, counts: Mapping[Level, int], size: tuple[int, int]) -> _Candidate:
-        return _Candidate(levels_of(self.spec, counts), *size)
+        return self._at(levels_of(self.spec, counts), size)
+
+    def _at(self, levels: Levels, size: tuple[int, int]) -> _Candidate:
+        return _Candidate(levels, *size, self.pins.prefetch_depth)
 
     def _fitting(self, candidate: _Candidate) -> _Candidate | None:
         device, host = self._device_bytes(candidate), self._host_bytes(candidate.levels)
@@ -167,19 +185,19 @@ class _Planner:
         sweep = memory_plan(self.spec, self.element, candidate.tokens, candidate.chunk_rows)
         return {
             **self.weights,
-            **self._banks(candidate.levels),
+            **self._banks(candidate),
             "prefix keys and values": self.prefixes,
             **sweep.bytes_by_purpose,
             "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
         }
 
-    def _banks(self, levels: Levels) -> dict[str, int]:
-        depth = self.pins.prefetch_depth
+    def _banks(self, candidate: _Candidate) -> dict[str, int]:
+        levels = candidate.levels
         return {
             "resident banks": levels.count("resident") * self.bank,
             "shards": levels.count("sharded") * self.shard,
-            "bank buffers": bank_buffers(levels, depth) * self.bank,
-            "staged shards": staged_shards(levels, depth) * self.shard,
+            "bank buffers": candidate.buffers * self.bank,
+            "staged shards": staged_shards(levels, candidate.depth) * self.shard,
         }
 
     def _reserve(self) -> int:
@@ -193,7 +211,7 @@ class _Planner:
 
     def _room(self, candidate: _Candidate) -> int:
         """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
-        fixed = sum(self.weights.values()) + sum(self._banks(candidate.levels).values()) + self._reserve()
+        fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self._reserve()
         fixed += self.prefixes
         left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
         return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
@@ -201,10 +219,10 @@ class _Planner:
     def _leanest(self, size: tuple[int, int]) -> _Candidate:
         """The levels of the least device memory that the host has room for, with a sweep of this size."""
         if self.pinned is not None:
-            return _Candidate(self.pinned, *size)
+            return self._at(self.pinned, size)
         fitting = [self._candidate(counts, size) for counts in self._stages()[-1]]
         fitting = [c for c in fitting if sum(self._host_bytes(c.levels).values()) <= self.budget.host_bytes]
-        return min(fitting, key=lambda c: sum(self._banks(c.levels).values()))
+        return min(fitting, key=lambda c: sum(self._banks(c).values()))
 
     def _with_larger_chunks(self, candidate: _Candidate) -> _Candidate:
         """The candidate with the largest chunks that fit beside all that it has."""
@@ -213,10 +231,68 @@ class _Planner:
                 candidate = self._fitting(replace(candidate, chunk_rows=rows)) or candidate
         return candidate
 
-    def _plan(self, chosen: _Candidate) -> ResidencyPlan:
-        chosen = self._with_larger_chunks(chosen)
+    def _finished(self, candidate: _Candidate, grow: bool) -> _Candidate:
+        """The candidate with a sweep, then chunks, that take what memory is left."""
+        if grow and self.free_to_choose:
+            candidate = replace(candidate, tokens=grown(self.budget.kind, candidate.tokens, self._room(candidate)))
+        return self._with_larger_chunks(candidate)
+
+    def _remedied(self, chosen: _Candidate, grow: bool) -> tuple[_Candidate, str | None]:
+        """The chosen plan, or what hides its banks by the remedy of the least memory, where the sweep is predicted to
+        wait too long; and why. It shortens no request.
+        """
+        plain = self._finished(chosen, grow)
+        if self.predict is None or not num_streamed(plain.levels):
+            return plain, None
+        before = self._forecast(plain)
+        if exposed_share(before) <= MOST_EXPOSED:
+            return plain, None
+        tried = remedies(self.spec, plain.levels, plain.depth, pinned=self.pinned is not None)
+        changed = [(remedy.name, replace(plain, levels=remedy.levels, depth=remedy.depth)) for remedy in tried]
+        for name, each in sorted(changed, key=lambda change: self._cost(change[1])):
+            fitting = [self._finished(sized, grow) for sized in self._sizes_for(each, chosen)]
+            found = [(sized, self._forecast(sized)) for sized in fitting]
+            hidden = [
+                (sized, sweep)
+                for sized, sweep in found
+                if exposed_share(sweep) <= MOST_EXPOSED and self._longest(sized) == self._longest(plain)
+            ]
+            best, after = max(hidden, key=lambda each: each[0].tokens / each[1].sweep_s, default=(plain, before))
+            if best is not plain and best.tokens / after.sweep_s >= plain.tokens / before.sweep_s:
+                return best, (
+                    f"{name}: {exposed_share(after):.1%} of a sweep of {best.tokens:,} tokens is predicted to wait for "
+                    f"banks; without it {exposed_share(before):.1%} of one of {plain.tokens:,}"
+                )
+        return plain, None
+
+    def _longest(self, candidate: _Candidate) -> int:
+        """Tokens of the longest request."""
+        return min(self.spec.max_positions, candidate.tokens)
+
+    def _forecast(self, candidate: _Candidate) -> SweepPrediction:
+        assert self.predict is not None
+        return self.predict(candidate.levels, candidate.tokens, candidate.chunk_rows, candidate.buffers)
+
+    def _cost(self, candidate: _Candidate) -> tuple[int, int]:
+        """Bytes of the banks: on the device, then on the host."""
+        return sum(self._banks(candidate).values()), sum(self._host_bytes(candidate.levels).values())
+
+    def _sizes_for(self, candidate: _Candidate, chosen: _Candidate) -> Iterator[_Candidate]:
+        """The candidate with the chosen sweep, smaller chunks, or the largest sweep that fits; what fits of these."""
+        for tokens, rows in dict.fromkeys([(chosen.tokens, chosen.chunk_rows), *self.sizes]):
+            if rows > chosen.chunk_rows or (tokens != chosen.tokens and not self.free_to_choose):
+                continue
+            sized = replace(candidate, tokens=chosen.tokens, chunk_rows=rows)
+            room = self._room(sized) // 256 * 256
+            if self.free_to_choose and 0 < room < chosen.tokens:
+                sized = replace(sized, tokens=room)
+            if (fitting := self._fitting(sized)) is not None:
+                yield fitting
+
+    def _plan(self, chosen: _Candidate, *, grow: bool = True) -> ResidencyPlan:
+        chosen, remedy = self._remedied(chosen, grow)
         sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
-        least, depth = self.sizes[-1][1], self.pins.prefetch_depth
+        least, depth = self.sizes[-1][1], chosen.depth
         streamed = self._leanest((1, least))
         return ResidencyPlan(
             levels=chosen.levels,
@@ -226,16 +302,17 @@ class _Planner:
             bank_bytes=self.bank,
             shard_bytes=self.shard,
             prefetch_depth=prefetch_depth(chosen.levels, depth),
-            bank_buffers=bank_buffers(chosen.levels, depth),
+            bank_buffers=chosen.buffers,
             staged_shards=staged_shards(chosen.levels, depth),
             kv_blocks=self.pins.kv_blocks,
             sweep=sweep,
-            longest_request=min(self.spec.max_positions, chosen.tokens),
+            longest_request=self._longest(chosen),
             largest_sweep_tokens=self._room(replace(chosen, chunk_rows=least)),
             largest_streamed_tokens=self._room(streamed),
             device_bytes=self._device_bytes(chosen),
             host_bytes=self._host_bytes(chosen.levels),
             budget=self.budget,
+            remedy=remedy,
         )
 
     def _refusal(self) -> PlanError:

@@ -10,7 +10,7 @@ from ..machine import MachineProfile
 from .plan import Budget, Pins, ResidencyPlan
 from .planner import plan_residency
 from .prefixes import plan_with_prefixes
-from .speed import predicted_speed
+from .speed import predicted_speed, predictions
 
 TOKENS_PER_REQUEST = 1024  # that a plan is optimised for, where nothing is known of the requests
 
@@ -30,31 +30,32 @@ def plan_for(
     tokens_per_request: int = TOKENS_PER_REQUEST,
 ) -> ResidencyPlan:
     """What each rank holds; ``dtype`` is that of everything but the experts. A measured ``profile`` decides between
-    banks and tokens; without one, or with an estimated one, the rule does. Raises UsageError and PlanError.
+    banks and tokens; without one, or with an estimated one, the rule does. Any profile says whether a remedy against
+    exposed banks is worth its memory. Raises UsageError and PlanError.
     """
-    if profile is not None and profile.is_estimated:
-        profile = None
+    stored = bank_dtype(config, spec, dtype)
+    is_measured = profile is not None and not profile.is_estimated
     pins = Pins(
         residency=config.residency,
         max_sweep_tokens=config.max_sweep_tokens,
         chunk_rows=config.chunk_rows,
         prefetch_depth=config.prefetch_depth,
-        usual_chunk_rows=profile.chunk_rows if profile else None,
+        usual_chunk_rows=profile.chunk_rows if profile is not None and is_measured else None,
     )
-    stored, speed = bank_dtype(config, spec, dtype), None
+    predict = None
     if profile is not None:
-        speed = predicted_speed(
+        predict = predictions(
             spec,
             profile,
             bank_dtype=stored,
             ranks=budget.ranks,
             tokens_per_request=tokens_per_request,
             transfer=config.transport,
-            prefetch_depth=config.prefetch_depth,
         )
+    speed = predicted_speed(predict, config.prefetch_depth) if predict is not None and is_measured else None
 
     def plan(kv_blocks: int) -> ResidencyPlan:
         mine = replace(pins, kv_blocks=kv_blocks)
-        return plan_residency(spec, budget, dtype=dtype, bank_dtype=stored, pins=mine, speed=speed)
+        return plan_residency(spec, budget, dtype=dtype, bank_dtype=stored, pins=mine, speed=speed, predict=predict)
 
     return plan_with_prefixes(config, spec, budget, dtype, plan)

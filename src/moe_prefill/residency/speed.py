@@ -1,4 +1,4 @@
-"""The speed that the planner asks for, from a machine profile and the cost model."""
+"""The sweeps that the planner asks for, from a machine profile and the cost model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ..machine import MachineProfile
 from .levels import Levels, bank_buffers
 from .plan import Speed
 from .record import bank_bytes
+from .remedies import Predict
 
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float8_e4m3fn": "float8"}  # of products, by storage
 
 
-def predicted_speed(
+def predictions(
     spec: ModelSpec,
     profile: MachineProfile,
     *,
@@ -22,14 +23,11 @@ def predicted_speed(
     ranks: int = 1,
     tokens_per_request: int = 1024,
     transfer: Peer = "copy-engine",
-    prefetch_depth: int | None = None,
-) -> Speed:
-    """Predicted tokens/s of one rank, waiting for banks included. UsageError while it is called: the profile lacks a
-    rate.
-    """
+) -> Predict:
+    """Predicted sweeps of one rank, for the planner. UsageError while it is called: the profile lacks a rate."""
 
-    def speed(levels: Levels, tokens: int, chunk_rows: int) -> float:
-        prediction = predicted_sweep(
+    def predict(levels: Levels, tokens: int, chunk_rows: int, buffers: int) -> SweepPrediction:
+        return predicted_sweep(
             spec,
             profile,
             levels,
@@ -39,9 +37,18 @@ def predicted_speed(
             ranks=ranks,
             tokens_per_request=tokens_per_request,
             transfer=transfer,
-            buffers=bank_buffers(levels, prefetch_depth),
+            buffers=buffers,
         )
-        return tokens / prediction.sweep_s
+
+    return predict
+
+
+def predicted_speed(predict: Predict, prefetch_depth: int | None = None) -> Speed:
+    """Predicted tokens/s of one rank, waiting for banks included."""
+
+    def speed(levels: Levels, tokens: int, chunk_rows: int) -> float:
+        buffers = bank_buffers(levels, prefetch_depth)
+        return tokens / predict(levels, tokens, chunk_rows, buffers).sweep_s
 
     return speed
 
