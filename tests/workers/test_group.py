@@ -8,10 +8,8 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +22,9 @@ from moe_prefill.workers import GroupEngine, Patience, group
 from tests.workers.fake_worker import FORMING, answer
 from tests.workers.helpers import harm, is_alive, wait_for, workers
 
-ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 12 if os.environ.get("MOE_PREFILL_LONG") else 2
 POISON = 999
-
-
-@pytest.fixture(autouse=True)
-def fake_workers(monkeypatch, tmp_path):
-    """Workers run the fake; whatever happens in a test, it leaves no process, no file and no open socket."""
-    monkeypatch.setattr(group, "WORKER", "tests.workers.fake_worker")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = os.listdir("/proc/self/fd")
-    yield
-    assert workers() == []
-    assert list(tmp_path.glob("moe-prefill-*")) == []
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+pytestmark = pytest.mark.usefixtures("fake_workers")
 
 
 def engine_of(size: int, patience: Patience | None = None, **facts: Any) -> GroupEngine:
@@ -226,7 +211,7 @@ time.sleep(60)
 def start_controller(**facts: Any) -> tuple[subprocess.Popen[bytes], list[int]]:
     """A process with three workers, and their pids: once they are ready, or with any facts once they have begun."""
     controller = subprocess.Popen(
-        [sys.executable, "-c", CONTROLLER, json.dumps(facts)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-c", CONTROLLER, json.dumps(facts)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert controller.stdout is not None
     return controller, json.loads(controller.stdout.readline())
