@@ -19,6 +19,8 @@ from moe_prefill.engine.load import load_weights, open_model
 from moe_prefill.experts import Ranks
 from moe_prefill.memory import plan_memory
 from tests.checkpoint.float8_models import save
+from tests.engine.block_rank_work import alone, bank_digests
+from tests.experts.groups import run_group
 from tests.reference import reference_logits
 
 ALIGNED = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 3, "mlp_only_layers": [1]}
@@ -125,6 +127,38 @@ def test_ranks_tell_each_other_their_scales(tmp_path):
     for gates, downs in found.values():
         assert gates[:, 0].mean((1, 2)).tolist() == gates[:, 1].mean((1, 2)).tolist() == [1, 2, 3, 3]
         assert downs[:, 2].mean((1, 2)).tolist() == [11, 12, 13, 13]
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """Seven experts, which neither 2 nor 3 divides, and a dense layer between the sparse ones."""
+    directory = tmp_path_factory.mktemp("seven")
+    save(directory, **ALIGNED, num_experts=7)
+    return str(directory)
+
+
+def test_scales_stand_beside_the_banks_that_they_were_published_with(seven):
+    digests = alone(seven, ["resident", None, "resident"])
+    assert digests[:2] == digests[2:]
+    assert digests[0] != digests[1]
+    assert alone(seven, ["offloaded", None, "resident"]) == digests
+    assert alone(seven, ["offloaded", None, "offloaded"]) == digests
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("levels", "transport"),
+    [
+        (["sharded", None, "sharded"], "copy-engine"),
+        (["sharded", None, "sharded"], "nccl"),
+        (["hybrid", None, "hybrid"], "copy-engine"),
+        (["hybrid", None, "sharded"], "copy-engine"),
+        (["resident", None, "hybrid"], "copy-engine"),
+    ],
+)
+def test_every_rank_has_the_same_bytes_and_scales_whatever_moves(tmp_path, seven, size, levels, transport):
+    want = alone(seven, ["resident", None, "resident"])
+    assert run_group(bank_digests, size, tmp_path, seven, levels, transport) == [want] * size
 
 
 def test_what_is_not_computed_as_published_is_logged(tmp_path, caplog):

@@ -26,8 +26,10 @@ from moe_prefill.residency import (
     predictions,
     residency_map,
     shard_bytes,
+    weight_bytes,
 )
 from moe_prefill.residency.levels import levels_of, spread
+from moe_prefill.residency.record import block_scale_bytes
 
 EXAMPLES = 2000 if os.environ.get("MOE_PREFILL_LONG") else 150
 FP8 = "float8_e4m3fn"
@@ -189,6 +191,17 @@ def test_one_layer_and_no_experts():
     assert plan(model([True]), 4, 4).map == "R"
     assert plan(model([True]), 4, 4, residency="offloaded").map == "O"
     assert plan(model([False]), 4, 4).map == "-"
+
+
+def test_block_scales_are_a_small_part_of_a_bank():
+    """The figures in docs/residency.md."""
+    for name, layer, whole in (("Qwen3-30B-A3B", 0.28, 13.5), ("Qwen3-235B-A22B", 1.125, 105.75)):
+        spec, mib = published(name), 1 << 20
+        sizes = weight_bytes(spec, 2, float8=True), weight_bytes(spec, 2)
+        assert block_scale_bytes(spec) / mib == pytest.approx(layer, abs=0.01)
+        assert block_scale_bytes(spec) * spec.num_layers / mib == whole
+        assert block_scale_bytes(spec) < bank_bytes(spec, FP8) / 1900
+        assert sum(sizes[0].values()) < sum(sizes[1].values())
 
 
 def test_the_largest_shard_counts():
