@@ -212,6 +212,19 @@ def shared_tokens(sequences: Sequence[Int32Array], rule: SharingRule, salts: Seq
     return _packed(sequences, rule, salts)[1].rows
 
 
+def own_begins(lengths: Sequence[int], shared: Sequence[int], rule: SharingRule) -> Int64Array:
+    """Where each of sorted requests begins to add tokens to their forest, [R]: what lies before is computed for an
+    earlier one. ``shared``: length of the prefix that each has in common with the one before it.
+    """
+    begins = np.asarray(lengths, np.int64)
+    if not rule.share:
+        return np.zeros_like(begins)
+    packer = _Packer(rule, list(lengths))
+    packer.walk(_trie(list(lengths), list(shared)))
+    np.minimum.at(begins, packer.source, packer.begin)
+    return begins
+
+
 def _packed(
     sequences: Sequence[Int32Array], rule: SharingRule, salts: Sequence[str] | None
 ) -> tuple[list[int], _Packer]:

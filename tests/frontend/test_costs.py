@@ -14,7 +14,7 @@ from tests.frontend.helpers import HASHER, machine, rng_tokens, ticket
 
 
 def costs_of(spec):
-    return RequestCosts(spec, machine_profile(), precision="float32", sweep_tokens=512)
+    return RequestCosts(spec, machine_profile(), precision="float32", sweep_tokens=512, rule=SHARE_EVERYTHING)
 
 
 @given(specs, st.integers(2, 120), st.data())
@@ -44,7 +44,7 @@ def test_bookings_of_siblings_add_up_to_their_sweep():
 
 def test_predicted_time_is_that_of_a_share_of_a_full_sweep():
     it = machine()
-    costs = RequestCosts(it.spec, it.profile, precision="float32", sweep_tokens=4096)
+    costs = RequestCosts(it.spec, it.profile, precision="float32", sweep_tokens=4096, rule=it.rule)
     sweep = predict_sweep(it.spec, Batch.uniform(4096, 512), it.profile, precision="float32")
     one = costs.range(0, 512, 511, 1, 2)
     assert 8 * one.ns == pytest.approx(1e9 * sweep.compute_s, rel=0.05)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..core import ModelSpec
 from ..costmodel import Batch, LayerFlops, layer_flops, predict_sweep
+from ..forest import SharingRule
 from ..machine import MachineProfile
 from .ticket import Ticket
 
@@ -45,7 +46,10 @@ class RequestCosts:
     requests, attention at the rate of its own length.
     """
 
-    def __init__(self, spec: ModelSpec, profile: MachineProfile, *, precision: str, sweep_tokens: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, profile: MachineProfile, *, precision: str, sweep_tokens: int, rule: SharingRule
+    ) -> None:
+        self.rule = rule
         layers = [layer_flops(spec, index) for index in range(spec.num_layers)]
         self._row = sum(layer.row for layer in layers[:-1]) + layers[-1].keys_values
         self._asked_row = layers[-1].row - layers[-1].keys_values

@@ -45,7 +45,9 @@ class Machine:
     costs: RequestCosts = field(init=False)
 
     def __post_init__(self) -> None:
-        costs = RequestCosts(self.spec, self.profile, precision=self.precision, sweep_tokens=self.sweep_tokens)
+        costs = RequestCosts(
+            self.spec, self.profile, precision=self.precision, sweep_tokens=self.sweep_tokens, rule=self.rule
+        )
         object.__setattr__(self, "costs", costs)
 
     @classmethod

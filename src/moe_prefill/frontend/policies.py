@@ -230,15 +230,16 @@ class Ours:
 
     def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
         """Those who may take it."""
-        costs: dict[int, Cost] = {0: self._costs.of(ticket, 0)}
+        costs: dict[int, Cost] = {}
         options = []
         for worker in workers:
             blocks = _blocks(worker, ticket)
-            if blocks not in costs:
-                costs[blocks] = self._costs.of(ticket, BLOCK_TOKENS * blocks)
+            spared = worker.table.spared(ticket, self._costs.rule) if blocks else 0
+            for begin in {0, blocks, spared} - costs.keys():
+                costs[begin] = self._costs.of(ticket, BLOCK_TOKENS * begin)
             saved = costs[0].flops - costs[blocks].flops
             if worker.load.flops < self._limit + self.extensions.together * saved:
-                options.append(_Option(worker, blocks, worker.load.ns + costs[blocks].ns))
+                options.append(_Option(worker, blocks, worker.load.ns + costs[spared].ns))
         return options
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..blocks import BLOCK_TOKENS
+from ..forest import own_begins
 from .costs import RequestCosts
-from .siblings import Siblings
+from .siblings import SIBLING_BLOCKS, Siblings
 from .ticket import Ticket
 
 
@@ -106,10 +107,13 @@ class LookAhead:
     def _begin_epoch(self) -> None:
         siblings = Siblings()
         siblings.add_all([ticket for ticket, _ in self._next])
-        groups = [
-            [(t, self._costs.of(t, BLOCK_TOKENS * min(shared, t.usable_blocks)).ns) for t, shared in group]
-            for group in siblings.groups()
-        ]
+        order = list(siblings.in_order())
+        lengths, shared = [ticket.num_tokens for ticket, _ in order], [BLOCK_TOKENS * blocks for _, blocks in order]
+        groups: list[list[tuple[Ticket, int]]] = []
+        for (ticket, blocks), begin in zip(order, own_begins(lengths, shared, self._costs.rule).tolist(), strict=True):
+            if blocks < SIBLING_BLOCKS:
+                groups.append([])
+            groups[-1].append((ticket, self._costs.of(ticket, min(begin, BLOCK_TOKENS * ticket.usable_blocks)).ns))
         if self._long_first:
             groups.sort(key=lambda group: (-max(cost_ns for _, cost_ns in group), min(t.id for t, _ in group)))
         else:

@@ -57,19 +57,12 @@ class Siblings:
                 left -= 1
                 left_blocks = self._shared(ticket, left)
 
-    def groups(self) -> Iterator[list[tuple[Ticket, int]]]:
-        """All requests in order, cut where neighbours are no siblings; with each, how many blocks it shares with the
-        one before it in the order (0 for the first of a group).
-        """
-        group: list[tuple[Ticket, int]] = []
-        for _, _, ticket in self._keys:
-            shared = common_blocks(group[-1][0].chain, ticket.chain) if group else 0
-            if group and shared < SIBLING_BLOCKS:
-                yield group
-                group, shared = [], 0
-            group.append((ticket, shared))
-        if group:
-            yield group
+    def in_order(self) -> Iterator[tuple[Ticket, int]]:
+        """All requests in order; with each, how many blocks it shares with the one before it."""
+        before: Sequence[bytes] = ()
+        for chain, _, ticket in self._keys:
+            yield ticket, common_blocks(before, chain)
+            before = chain
 
     def _shared(self, ticket: Ticket, index: int) -> int:
         return common_blocks(ticket.chain, self._keys[index][2].chain) if 0 <= index < len(self._keys) else 0

@@ -6,7 +6,9 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from ..blocks import BlockChange, BlockEvents, Chain, Digest, held_blocks
+from ..blocks import BLOCK_TOKENS, BlockChange, BlockEvents, Chain, Digest, held_blocks
+from ..forest import SharingRule
+from .ticket import Ticket
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,32 @@ class PrefixTable:
     def match(self, chain: Chain, limit: int) -> int:
         """How many leading blocks, at most ``limit``, are here or will be."""
         return held_blocks(chain, limit, self.committed, self.pending)
+
+    def spared(self, ticket: Ticket, rule: SharingRule) -> int:
+        """How many leading blocks the worker will not compute for a request: those that its pool holds, and of those
+        that are promised as many as the forest of a sweep shares, if all that promised them are in one sweep.
+        """
+        blocks = self.match(ticket.chain, ticket.usable_blocks)
+        held = held_blocks(ticket.chain, blocks, self.committed)
+        while blocks > held:
+            others = self.pending[ticket.chain[blocks - 1]]
+            begin = self._first_promised(ticket.chain, others, held, blocks - 1)
+            below = (others + 1) * (ticket.num_tokens - BLOCK_TOKENS * blocks)
+            run = BLOCK_TOKENS * (blocks - begin)
+            if rule.pays(run=run, children=others + 1, depth=0, tokens_below=below, segments_below=others + 1):
+                break
+            blocks = begin
+        return blocks
+
+    def _first_promised(self, chain: Chain, most: int, low: int, high: int) -> int:
+        """The first block from ``low`` on that is promised at most ``most`` times; ``high`` is."""
+        while low < high:
+            middle = (low + high) // 2
+            if self.pending[chain[middle]] <= most:
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def promise(self, chain: Chain) -> None:
         pending = self.pending
