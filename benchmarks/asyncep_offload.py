@@ -30,7 +30,7 @@ import torch
 from moe_prefill.calibrate import calibrate
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest
-from moe_prefill.costmodel import Batch, predict_sweep, saturation
+from moe_prefill.costmodel import Batch, Streaming, predict_sweep, saturation
 from moe_prefill.engine import LocalEngine, build_engine
 from moe_prefill.engine.build import pick_device
 from moe_prefill.engine.load import open_model
@@ -143,12 +143,14 @@ def small_model(options: argparse.Namespace) -> list[dict[str, Any]]:
     profile = measure_profile(model, False, options.profile)
     spec, _ = open_model(model, "dummy", None)
     capped = {"model": model, "memory_gib": options.hbm_gib, "host_gib": options.host_gib}
-    common = {"precision": "bfloat16", "bank_bytes": bank_bytes(spec, "bfloat16")}
+    bank = bank_bytes(spec, "bfloat16")
+
+    def streaming(levels: Sequence[str | None], buffers: int) -> dict[str, Any]:
+        return {"precision": "bfloat16", "streaming": Streaming(levels=tuple(levels), bank_bytes=bank, depth=buffers)}
 
     def threshold(levels: Sequence[str | None], buffers: int) -> int:
-        found = saturation(
-            spec, profile, **common, levels=levels, depth=buffers, tokens_per_request=tokens, prune_last=False
-        )
+        stream = streaming(levels, buffers)
+        found = saturation(spec, profile, **stream, tokens_per_request=tokens, prune_last=False)
         print(f"T {found.flops:.3g} FLOPs, {found.tokens:,} tokens; t_paper {found.t_paper:.3g}; {found.window}")
         return -(-found.tokens // tokens) * tokens
 
@@ -161,7 +163,7 @@ def small_model(options: argparse.Namespace) -> list[dict[str, Any]]:
         requests = requests_of(engine, tokens, count, seed=1)
         timing = timed(engine, requests, options.seconds)
         batch = Batch.uniform(tokens * count, tokens, prune_last=False)
-        predicted = predict_sweep(spec, batch, profile, **common, levels=levels, depth=buffers)
+        predicted = predict_sweep(spec, batch, profile, **streaming(levels, buffers))
         extra = {
             "part_of_t": part,
             "predicted_sweep_ms": 1e3 * predicted.sweep_s,
@@ -169,7 +171,7 @@ def small_model(options: argparse.Namespace) -> list[dict[str, Any]]:
             "predicted_exposed_ms": 1e3 * predicted.exposed_s,
         }
         where = {"transport": "host", "residency": residency_of(levels), "hbm_gib": options.hbm_gib}
-        host = {"host_gib": levels.count("offloaded") * common["bank_bytes"] / GIB}
+        host = {"host_gib": levels.count("offloaded") * bank / GIB}
         cells.append(cell_of(engine, timing, tokens, count, model=model, precision="bf16", **where, **host, **extra))
         print(json.dumps(cells[-1]), flush=True)
         answers = np.stack([result.logits for result in engine.score(requests)])
@@ -182,7 +184,8 @@ def small_model(options: argparse.Namespace) -> list[dict[str, Any]]:
         requests = requests_of(engine, tokens, count, seed=1)
         timing = timed(engine, requests, options.seconds)
         resident = cell_of(engine, timing, tokens, count, model=model, precision="bf16", residency="resident")
-        predicted = predict_sweep(spec, Batch.uniform(tokens * count, tokens, prune_last=False), profile, **common)
+        batch = Batch.uniform(tokens * count, tokens, prune_last=False)
+        predicted = predict_sweep(spec, batch, profile, precision="bfloat16")
         resident["predicted_over_measured"] = 1e3 * predicted.sweep_s / timing.sweep_ms
         cell["resident_tokens_per_s"] = resident["tokens_per_s"]
         cell["over_resident"] = cell["tokens_per_s"] / resident["tokens_per_s"]

@@ -86,6 +86,7 @@ ALLOWED = {
         "core",
         "config",
         "machine",
+        "costmodel",
         "forming",
         "residency",
         "blocks",

@@ -15,7 +15,10 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
+
+Level = Literal["resident", "sharded", "offloaded", "hybrid"]  # where a bank lives
 
 # How sweeps reach the ranks of a group: each to a rank that is free; one to every rank in each numbered round, empty
 # where sweeps are short; or each to all ranks, which compute it together.
@@ -199,7 +202,7 @@ class RankFacts:
     spec: ModelSpec
     device: str
     precision: str
-    levels: tuple[str | None, ...]
+    levels: tuple[Level | None, ...]
     bank_bytes: int
     bank_buffers: int
     kv_blocks: int = 0

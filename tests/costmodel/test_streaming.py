@@ -11,6 +11,7 @@ from moe_prefill.costmodel import (
     PARTS,
     BankCopy,
     Batch,
+    Streaming,
     bank_copies,
     batch_flops,
     exposure,
@@ -90,19 +91,19 @@ def test_a_short_last_layer_exposes_the_next_sweeps_first_bank():
 
 def test_what_each_level_brings_over_which_link():
     profile = machine_profile(host=1e9)  # copy-engine 4e9, nccl 3e9
-    levels = ["resident", "sharded", "offloaded", "hybrid", None]
-    on_four = bank_copies(profile, levels, 12_000_000, ranks=4, peer="copy-engine")
+    four = Streaming(levels=("resident", "sharded", "offloaded", "hybrid", None), bank_bytes=12_000_000, ranks=4)
+    on_four = bank_copies(profile, four)
     assert on_four == (
         BankCopy(1, "copy-engine", 9e6 / 4e9),
         BankCopy(2, "host", 12e6 / 1e9),
         BankCopy(3, "host", 3e6 / 1e9),
     )
-    by_nccl = bank_copies(profile, levels, 12_000_000, ranks=4, peer="nccl")
+    by_nccl = bank_copies(profile, dataclasses.replace(four, peer="nccl"))
     assert by_nccl[::2] == (BankCopy(1, "nccl", 9e6 / 3e9), BankCopy(3, "nccl", 3e6 / 1e9))
-    assert bank_copies(profile, ["sharded"], 12_000_000, ranks=1, peer="nccl") == ()
+    assert bank_copies(profile, Streaming(levels=("sharded",), bank_bytes=12_000_000, peer="nccl")) == ()
     without = machine_profile(transfers={"host": 1e9})
     with pytest.raises(UsageError, match="no bandwidth for copy-engine, only host"):
-        bank_copies(without, ["sharded"], 1, ranks=2, peer="copy-engine")
+        bank_copies(without, Streaming(levels=("sharded",), bank_bytes=1, ranks=2))
 
 
 @given(st.integers(1, 3000), st.integers(1, 500), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
@@ -124,17 +125,20 @@ def test_a_precision_that_was_not_measured_is_refused():
         predict_sweep(model_spec(), Batch.uniform(10, 10), machine_profile(), precision="float8")
 
 
-SATURATION = {"precision": "float32", "bank_bytes": BANK, "depth": 3, "tokens_per_request": 64}
+SATURATION = {"precision": "float32", "tokens_per_request": 64}
+
+
+def streaming(levels, **changes):
+    return Streaming(**{"levels": tuple(levels), "bank_bytes": BANK, "depth": 3, **changes})
 
 
 @given(levels_of, st.integers(1, 4), st.floats(1e8, 1e10))
 @settings(max_examples=60, deadline=None)
 def test_at_t_nothing_is_exposed(levels, ranks, host):
     spec, profile = model_spec(((True, None),) * len(levels)), machine_profile(host)
-    stream = {**SATURATION, "ranks": ranks, "levels": levels}
-    found = saturation(spec, profile, **stream)
-    stream.pop("tokens_per_request")
-    at_t = predict_sweep(spec, Batch.uniform(found.tokens, 64), profile, **stream)
+    stream = streaming(levels, ranks=ranks)
+    found = saturation(spec, profile, streaming=stream, **SATURATION)
+    at_t = predict_sweep(spec, Batch.uniform(found.tokens, 64), profile, precision="float32", streaming=stream)
     assert at_t.flops >= found.flops > 0
     assert at_t.exposed_s == 0
     if found.window is not None:
@@ -146,14 +150,14 @@ def test_at_t_nothing_is_exposed(levels, ranks, host):
 @settings(max_examples=40, deadline=None)
 def test_resident_layers_and_faster_links_lower_t(levels, index, speedup):
     spec = model_spec(((True, None),) * len(levels))
-    stream = {**SATURATION, "ranks": 2}
-    t = saturation(spec, machine_profile(), levels=levels, **stream)
-    faster = saturation(spec, machine_profile(1e9 * speedup), levels=levels, **stream)
+    stream = streaming(levels, ranks=2)
+    t = saturation(spec, machine_profile(), streaming=stream, **SATURATION)
+    faster = saturation(spec, machine_profile(1e9 * speedup), streaming=stream, **SATURATION)
     assert faster.flops <= t.flops
     fewer = [*levels]
     fewer[index % len(levels)] = "resident"
     if t.window is not None and set(fewer) != {"resident"}:
-        assert saturation(spec, machine_profile(), levels=fewer, **stream).flops <= t.flops
+        assert saturation(spec, machine_profile(), streaming=streaming(fewer, ranks=2), **SATURATION).flops <= t.flops
 
 
 def test_uniform_streaming_is_the_papers_equation_times_the_layers():
@@ -162,7 +166,7 @@ def test_uniform_streaming_is_the_papers_equation_times_the_layers():
     one_rate = {"gemm": rate, "grouped": rate, "attention": rate}
     free = {"elementwise": {"float32": Curve.constant(1e30)}, "memory_bandwidth": 1e30, "layer_overhead_s": 0.0}
     spec, profile = model_spec(((True, None),) * 12), machine_profile(**one_rate, **free)
-    found = saturation(spec, profile, levels=["offloaded"] * 12, prune_last=False, **SATURATION)
+    found = saturation(spec, profile, streaming=streaming(["offloaded"] * 12), prune_last=False, **SATURATION)
     paper = 1.2 * (BANK / 1e9) * 2e9 * 12
     assert found.t_paper == math.ceil(paper)
     token = batch_flops(spec, Batch.uniform(64, 64, prune_last=False)) / 64
@@ -171,15 +175,15 @@ def test_uniform_streaming_is_the_papers_equation_times_the_layers():
 
 def test_t_paper_takes_the_slowest_transfer_and_the_datasheet_rate():
     profile = machine_profile(gpu="NVIDIA H100 80GB HBM3")
-    levels = ["resident", "offloaded", "sharded"]
-    found = saturation(model_spec(), profile, levels=levels, **{**SATURATION, "precision": "bfloat16", "ranks": 2})
+    stream = streaming(["resident", "offloaded", "sharded"], ranks=2)
+    found = saturation(model_spec(), profile, streaming=stream, **{**SATURATION, "precision": "bfloat16"})
     assert found.t_paper == math.ceil(1.2 * BANK / 1e9 * 989e12 * 3)
 
 
-@pytest.mark.parametrize("levels", [None, ["resident", None, "resident"]])
+@pytest.mark.parametrize("levels", [(), ("resident", None, "resident")])
 def test_without_streaming_t_is_where_the_plateau_begins(levels):
     spec, profile = model_spec(), machine_profile()
-    found = saturation(spec, profile, precision="float32", levels=levels, bank_bytes=BANK, tokens_per_request=64)
+    found = saturation(spec, profile, streaming=streaming(levels), **SATURATION)
     assert (found.window, found.t_paper) == (None, 0)
     assert found.flops == batch_flops(spec, Batch.uniform(found.tokens, 64)) > 0
 
@@ -193,7 +197,7 @@ def test_without_streaming_t_is_where_the_plateau_begins(levels):
 
 def test_streaming_that_no_sweep_hides_is_refused():
     with pytest.raises(PlanError, match=r"no sweep hides the banks of layers .* with 1 bank buffer; give a larger"):
-        saturation(model_spec(), machine_profile(), levels=["offloaded"] * 3, **{**SATURATION, "depth": 1})
+        saturation(model_spec(), machine_profile(), streaming=streaming(["offloaded"] * 3, depth=1), **SATURATION)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +206,7 @@ def test_streaming_that_no_sweep_hides_is_refused():
 def test_the_pruned_last_layer_hides_little_of_the_next_sweeps_first_bank(first, depth, ratio):
     """The table of docs/costmodel.md: Qwen3-30B-A3B on an estimated H200, everything but the first bank offloaded."""
     spec = spec_from_hf(preset("Qwen3-30B-A3B"))
-    stream = {"levels": [first, *["offloaded"] * 47], "bank_bytes": bank_bytes(spec, "bfloat16"), "depth": depth}
-    found = saturation(spec, estimated_profile("NVIDIA H200"), precision="bfloat16", tokens_per_request=1024, **stream)
+    bank = bank_bytes(spec, "bfloat16")
+    stream = streaming([first, *["offloaded"] * 47], bank_bytes=bank, depth=depth)
+    found = saturation(spec, estimated_profile("NVIDIA H200"), precision="bfloat16", streaming=stream)
     assert found.flops / found.t_paper == pytest.approx(ratio, rel=0.02)

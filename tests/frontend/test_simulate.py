@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from moe_prefill.costmodel import Batch, Rows, predict_sweep
+from moe_prefill.costmodel import Batch, Rows, Streaming, predict_sweep
 from moe_prefill.frontend import POLICIES, make_policy
 from moe_prefill.residency import bank_bytes
 from moe_prefill.simulate import SweepTimer, oracle_saved_tokens, simulate
@@ -24,12 +24,11 @@ def mixed(seed=0, groups=40):
 
 @pytest.mark.parametrize("levels", ["resident", "offloaded", "hybrid"])
 def test_the_timer_gives_the_seconds_of_the_cost_model(levels):
-    it = machine(levels=(levels,) * 3, bank_bytes=bank_bytes(machine().spec, "float32"), depth=2, ranks=2)
+    bank = bank_bytes(machine().spec, "float32")
+    it = machine(streaming=Streaming(levels=(levels,) * 3, bank_bytes=bank, depth=2, ranks=2))
     batch = Batch(Rows.of([0, 50, 50], [50, 20, 30]), Rows.of([69, 79], 1), 2, 4)
     mine = SweepTimer(it).time(batch)
-    theirs = predict_sweep(
-        it.spec, batch, it.profile, precision="float32", levels=it.levels, bank_bytes=it.bank_bytes, depth=2, ranks=2
-    )
+    theirs = predict_sweep(it.spec, batch, it.profile, precision="float32", streaming=it.streaming)
     assert mine.compute_s == pytest.approx(theirs.compute_s)
     assert (mine.exposed_s, mine.exposed_first_s) == pytest.approx((theirs.exposed_s, theirs.exposed_first_s))
     assert mine.flops == theirs.flops

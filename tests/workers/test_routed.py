@@ -76,7 +76,7 @@ def test_every_request_is_answered_whatever_the_policy(policy):
     assert [(s.rank, s.alive, s.load_flops) for s in states] == [(rank, True, 0) for rank in range(3)]
     assert sum(s.stats.requests for s in states) == len(good)
     assert {s.saturation_flops for s in states} == {engine.machine.limits.saturated}
-    assert all(sum(s.residency.values()) == len(engine.machine.levels) for s in states)
+    assert all(sum(s.residency.values()) == len(engine.machine.streaming.levels) for s in states)
     engine.close()
 
 

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core import ModelSpec
-from ..costmodel import Level, Saturation, saturation
+from ..core import Level, ModelSpec
+from ..costmodel import Saturation, Streaming, saturation
 from ..machine import Curve, MachineProfile, datasheet, save_profile
 
 _BUFFERS = (2, 3)
@@ -150,10 +150,12 @@ def _saturation(
         spec,
         profile,
         precision=[*profile.grouped][-1],  # the narrowest experts that were measured
-        levels=[level if layer.sparse else None for layer in spec.layers],
-        bank_bytes=profile.bank_bytes,
-        depth=buffers,
-        ranks=ranks,
+        streaming=Streaming(
+            levels=tuple(level if layer.sparse else None for layer in spec.layers),
+            bank_bytes=profile.bank_bytes,
+            depth=buffers,
+            ranks=ranks,
+        ),
         tokens_per_request=tokens,
     )
 

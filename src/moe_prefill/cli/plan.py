@@ -11,12 +11,12 @@ from typing import Any
 
 from ..config import EngineConfig
 from ..core import ModelSpec
-from ..costmodel import Saturation, SweepPrediction, saturation
+from ..costmodel import Batch, Saturation, SweepPrediction, predict_sweep, saturation
 from ..errors import PlanError, UsageError
 from ..machine import MachineProfile, estimated_profile, load_profile
 from ..memory import GIB
 from ..models import preset, preset_names, spec_from_hf
-from ..residency import TOKENS_PER_REQUEST, UNBOUNDED, Budget, ResidencyPlan, plan_for, predicted_sweep
+from ..residency import TOKENS_PER_REQUEST, UNBOUNDED, Budget, ResidencyPlan, plan_for
 from ..residency.speed import PRECISIONS, with_chunks
 from .fields import given
 
@@ -123,23 +123,13 @@ def computed_dtype(config: EngineConfig, spec: ModelSpec) -> str:
 
 
 def _forecast(options: PlanOptions, spec: ModelSpec, plan: ResidencyPlan, profile: MachineProfile) -> Forecast:
-    common: dict[str, Any] = {"ranks": plan.ranks, "tokens_per_request": options.tokens_per_request}
-    common["transfer"] = options.config.transport
-    tokens, rows = plan.sweep.max_sweep_tokens, plan.sweep.chunk_rows
-    sweep = predicted_sweep(
-        spec, profile, plan.levels, tokens, rows, bank_dtype=plan.bank_dtype, buffers=plan.bank_buffers, **common
-    )
+    machine, per_request = with_chunks(profile, plan.sweep.chunk_rows), options.tokens_per_request
+    precision, streaming = PRECISIONS[plan.bank_dtype], plan.streaming(options.config.transport)
+    batch = Batch.uniform(plan.sweep.max_sweep_tokens, per_request)
+    sweep = predict_sweep(spec, batch, machine, precision=precision, streaming=streaming)
     found, why = None, None
     try:
-        found = saturation(
-            spec,
-            with_chunks(profile, rows),
-            precision=PRECISIONS[plan.bank_dtype],
-            levels=plan.levels,
-            bank_bytes=plan.bank_bytes,
-            depth=max(1, plan.bank_buffers),
-            **common,
-        )
+        found = saturation(spec, machine, precision=precision, streaming=streaming, tokens_per_request=per_request)
     except PlanError as error:
         why = str(error)
     return Forecast(profile=profile, sweep=sweep, saturation=found, unsaturated=why)

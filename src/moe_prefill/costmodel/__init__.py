@@ -5,19 +5,20 @@ from .flops import LayerFlops, batch_flops, layer_flops, sweep_flops
 from .predict import SweepPrediction, predict_sweep
 from .saturation import Saturation, Window, saturation, tightest_window
 from .seconds import head_seconds, layer_seconds
-from .streaming import BankCopy, Level, Peer, bank_copies, exposure
+from .streaming import RESIDENT, BankCopy, Peer, Streaming, bank_copies, exposure
 from .work import PARTS, Part, Work, head_work, layer_work
 
 __all__ = [
     "PARTS",
+    "RESIDENT",
     "BankCopy",
     "Batch",
     "LayerFlops",
-    "Level",
     "Part",
     "Peer",
     "Rows",
     "Saturation",
+    "Streaming",
     "SweepPrediction",
     "Window",
     "Work",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core import ModelSpec
@@ -10,7 +9,7 @@ from ..machine import MachineProfile
 from .batch import Batch
 from .flops import batch_flops
 from .seconds import head_seconds, layer_seconds
-from .streaming import Level, Peer, bank_copies, exposure
+from .streaming import RESIDENT, Streaming, bank_copies, exposure
 from .work import Part
 
 
@@ -44,27 +43,16 @@ class SweepPrediction:
 
 
 def predict_sweep(
-    spec: ModelSpec,
-    batch: Batch,
-    profile: MachineProfile,
-    *,
-    precision: str,
-    levels: Sequence[Level | None] | None = None,
-    bank_bytes: int = 0,
-    depth: int = 2,
-    transfer: Peer = "copy-engine",
-    ranks: int = 1,
+    spec: ModelSpec, batch: Batch, profile: MachineProfile, *, precision: str, streaming: Streaming = RESIDENT
 ) -> SweepPrediction:
-    """Compute time of a batch on one rank and the waiting that streaming leaves exposed.
-
-    ``levels`` has one entry a layer (None: dense); without it every bank is resident. ``bank_bytes``: of one layer's
-    whole bank. ``depth``: bank buffers. ``transfer``: how peers' shards come. UsageError: the profile lacks a rate.
+    """Compute time of a batch on one rank and the waiting that streaming leaves exposed. UsageError: the profile lacks
+    a rate.
     """
-    assert levels is None or len(levels) == spec.num_layers, (levels, spec.num_layers)
+    assert len(streaming.levels) in (0, spec.num_layers), (streaming.levels, spec.num_layers)
     parts = tuple(layer_seconds(spec, index, batch, profile, precision) for index in range(spec.num_layers))
     head_s = head_seconds(spec, batch, profile, precision)
-    copies = bank_copies(profile, levels or (), bank_bytes, ranks=ranks, peer=transfer)
-    waiting = exposure([sum(layer.values()) for layer in parts], head_s, copies, depth)
+    copies = bank_copies(profile, streaming)
+    waiting = exposure([sum(layer.values()) for layer in parts], head_s, copies, streaming.depth)
     return SweepPrediction(
         parts=parts,
         head_s=head_s,

@@ -14,7 +14,7 @@ from ..machine import MachineProfile
 from .batch import Batch
 from .flops import batch_flops
 from .predict import predict_sweep
-from .streaming import BankCopy, Level, Peer, bank_copies
+from .streaming import RESIDENT, BankCopy, Streaming, bank_copies
 
 _MOST_TOKENS = 1 << 36
 _PLATEAU = 0.95
@@ -53,11 +53,7 @@ def saturation(
     profile: MachineProfile,
     *,
     precision: str,
-    levels: Sequence[Level | None] | None = None,
-    bank_bytes: int = 0,
-    depth: int = 2,
-    transfer: Peer = "copy-engine",
-    ranks: int = 1,
+    streaming: Streaming = RESIDENT,
     tokens_per_request: int = 1024,
     gamma: float = 1.2,
     prune_last: bool = True,
@@ -67,7 +63,7 @@ def saturation(
 
     PlanError: no sweep hides them, for instance with one buffer and streamed layers side by side.
     """
-    copies = bank_copies(profile, levels or (), bank_bytes, ranks=ranks, peer=transfer)
+    copies, depth = bank_copies(profile, streaming), streaming.depth
 
     def batch(tokens: int) -> Batch:
         return Batch.uniform(tokens, tokens_per_request, prune_last=prune_last)

@@ -7,12 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core import Level
 from ..machine import MachineProfile
 
-Level = Literal["resident", "sharded", "offloaded", "hybrid"]  # where a bank lives
 Peer = Literal["copy-engine", "nccl"]  # how shards come from other ranks
 
 _MAX_SWEEPS = 256  # until the waiting of a sweep repeats; it does after a few unless a link is all but saturated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """How banks come to one of ``ranks`` ranks. ``levels`` has one entry a layer (None: dense), or is empty: every bank
+    is resident. ``bank_bytes``: of one layer's whole bank. ``depth``: bank buffers. ``peer``: how shards come from the
+    other ranks.
+    """
+
+    levels: tuple[Level | None, ...] = ()
+    bank_bytes: int = 0
+    depth: int = 1
+    ranks: int = 1
+    peer: Peer = "copy-engine"
+
+
+RESIDENT = Streaming()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +49,16 @@ class Exposure:
     first_s: float
 
 
-def bank_copies(
-    profile: MachineProfile, levels: Sequence[Level | None], bank_bytes: int, *, ranks: int = 1, peer: Peer
-) -> tuple[BankCopy, ...]:
-    """The copies of a sweep on one rank, by layer. ``bank_bytes``: of one layer's whole bank.
+def bank_copies(profile: MachineProfile, streaming: Streaming) -> tuple[BankCopy, ...]:
+    """The copies of a sweep on one rank, by layer.
 
     ``sharded`` pulls (N-1)/N of a bank from the peers, ``offloaded`` brings all of it from the host. ``hybrid`` brings
     1/N from the host, ahead of everything, while (N-1)/N come from the peers: it takes the link that needs longer.
     UsageError: the profile has no bandwidth for a link that is needed.
     """
     copies = []
-    for layer, level in enumerate(levels):
+    bank_bytes, ranks, peer = streaming.bank_bytes, streaming.ranks, streaming.peer
+    for layer, level in enumerate(streaming.levels):
         if level in (None, "resident"):
             continue
         pull = (ranks - 1) * bank_bytes / ranks / profile.bandwidth(peer) if level != "offloaded" and ranks > 1 else 0.0

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from .. import ops
-from ..core import ModelSpec
+from ..core import Level, ModelSpec
 from ..errors import UsageError
 from ..experts import (
     ALONE,
@@ -30,7 +30,7 @@ from ..experts import (
     open_lane,
 )
 from ..models.weights import ExpertBank
-from ..residency import Level, expert_record, shard_of
+from ..residency import expert_record, shard_of
 from ..shapes import Shape
 from .block_scales import BlockScales, ScaledBanks
 from .quantized import QuantizedBlocks, QuantizedRows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core import ModelSpec
-from ..costmodel import Batch, Level, Peer, batch_flops, saturation
+from ..costmodel import RESIDENT, Batch, Streaming, batch_flops, saturation
 from ..errors import PlanError
 from ..forest import SharingRule
 from ..machine import MachineProfile
@@ -22,18 +22,14 @@ _FULL_SWEEPS = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Every worker is one of these. ``levels``, ``bank_bytes``, ``depth`` and ``ranks`` are those of the residency
-    plan; ``kv_blocks`` the slots of its pool. ``limits.saturated`` is T, at least ``t_paper``.
+    """Every worker is one of these. ``streaming`` is that of the residency plan, ``kv_blocks`` the slots of its pool.
+    ``limits.saturated`` is T, at least ``t_paper``.
     """
 
     spec: ModelSpec
     profile: MachineProfile
     precision: str
-    levels: tuple[Level | None, ...] = ()
-    bank_bytes: int = 0
-    depth: int = 1
-    ranks: int = 1
-    peer: Peer = "copy-engine"
+    streaming: Streaming = RESIDENT
     sweep_tokens: int
     max_request_tokens: int | None = None  # None: the model's context
     kv_blocks: int = 0
@@ -78,16 +74,7 @@ def limits_of(machine: Machine) -> Limits:
     """
     full = full_sweep_flops(machine.spec, machine.sweep_tokens)
     try:
-        found = saturation(
-            machine.spec,
-            machine.profile,
-            precision=machine.precision,
-            levels=machine.levels,
-            bank_bytes=machine.bank_bytes,
-            depth=machine.depth,
-            ranks=machine.ranks,
-            transfer=machine.peer,
-        )
+        found = saturation(machine.spec, machine.profile, precision=machine.precision, streaming=machine.streaming)
         saturated = min(full, max(found.flops, found.t_paper))
     except PlanError:
         saturated = full

@@ -2,7 +2,7 @@
 Torch-free.
 """
 
-from .levels import Level, Levels, parse_residency, residency_map
+from .levels import Levels, parse_residency, residency_map
 from .plan import Budget, Pins, ResidencyPlan, Speed
 from .planner import UNBOUNDED, plan_residency, weight_bytes
 from .record import (
@@ -18,7 +18,7 @@ from .record import (
 )
 from .remedies import MOST_EXPOSED, Predict, exposed_share
 from .settings import TOKENS_PER_REQUEST, bank_dtype, plan_for
-from .speed import predicted_speed, predicted_sweep, predictions
+from .speed import predicted_speed, predictions
 
 __all__ = [
     "DTYPE_BYTES",
@@ -28,7 +28,6 @@ __all__ = [
     "UNBOUNDED",
     "Budget",
     "ExpertRecord",
-    "Level",
     "Levels",
     "Pins",
     "Predict",
@@ -44,7 +43,6 @@ __all__ = [
     "plan_for",
     "plan_residency",
     "predicted_speed",
-    "predicted_sweep",
     "predictions",
     "residency_map",
     "shard_bytes",

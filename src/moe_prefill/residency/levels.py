@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-from ..core import ModelSpec
+from ..core import Level, ModelSpec
 from ..errors import UsageError
 
-Level = Literal["resident", "sharded", "offloaded", "hybrid"]
 Levels = tuple[Level | None, ...]  # one a layer; None: the layer is dense
 
 LETTERS: dict[Level | None, str] = {"resident": "R", "sharded": "S", "offloaded": "O", "hybrid": "H", None: "-"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..core import Level
+from ..costmodel import Peer, Streaming
 from ..memory import DeviceKind, MemoryPlan
-from .levels import Level, Levels, num_streamed, residency_map
+from .levels import Levels, num_streamed, residency_map
 
 Speed = Callable[[Levels, int, int], float]  # predicted tokens/s of a sweep of (tokens, rows of a chunk)
 
@@ -73,6 +75,16 @@ class ResidencyPlan:
     @property
     def peak_host_bytes(self) -> int:
         return sum(self.host_bytes.values())
+
+    def streaming(self, peer: Peer) -> Streaming:
+        """The same for the cost model; ``peer``: how shards come from the other ranks."""
+        return Streaming(
+            levels=self.levels,
+            bank_bytes=self.bank_bytes,
+            depth=max(1, self.bank_buffers),
+            ranks=self.ranks,
+            peer=peer,
+        )
 
     @property
     def map(self) -> str:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..core import ModelSpec
+from ..core import Level, ModelSpec
 from ..costmodel import SweepPrediction
 from ..errors import PlanError, UsageError
 from ..memory import (
@@ -32,7 +32,6 @@ from ..memory import (
 )
 from ..shapes import float8_slots, slot_shapes
 from .levels import (
-    Level,
     Levels,
     bank_buffers,
     levels_of,

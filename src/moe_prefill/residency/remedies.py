@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..core import ModelSpec
+from ..core import Level, ModelSpec
 from ..costmodel import SweepPrediction
-from .levels import Level, Levels, levels_of, num_streamed, prefetch_depth
+from .levels import Levels, levels_of, num_streamed, prefetch_depth
 
 # A predicted sweep at these levels: tokens, rows of a chunk, bank buffers.
 Predict = Callable[[Levels, int, int, int], SweepPrediction]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..core import ModelSpec
-from ..costmodel import Batch, Peer, SweepPrediction, predict_sweep
+from ..costmodel import Batch, Peer, Streaming, SweepPrediction, predict_sweep
 from ..machine import MachineProfile
 from .levels import Levels, bank_buffers
 from .plan import Speed
@@ -27,18 +27,11 @@ def predictions(
     """Predicted sweeps of one rank, for the planner. UsageError while it is called: the profile lacks a rate."""
 
     def predict(levels: Levels, tokens: int, chunk_rows: int, buffers: int) -> SweepPrediction:
-        return predicted_sweep(
-            spec,
-            profile,
-            levels,
-            tokens,
-            chunk_rows,
-            bank_dtype=bank_dtype,
-            ranks=ranks,
-            tokens_per_request=tokens_per_request,
-            transfer=transfer,
-            buffers=buffers,
+        streaming = Streaming(
+            levels=levels, bank_bytes=bank_bytes(spec, bank_dtype), depth=max(1, buffers), ranks=ranks, peer=transfer
         )
+        batch, machine = Batch.uniform(tokens, tokens_per_request), with_chunks(profile, chunk_rows)
+        return predict_sweep(spec, batch, machine, precision=PRECISIONS[bank_dtype], streaming=streaming)
 
     return predict
 
@@ -56,30 +49,3 @@ def predicted_speed(predict: Predict, prefetch_depth: int | None = None) -> Spee
 def with_chunks(profile: MachineProfile, chunk_rows: int) -> MachineProfile:
     """The same machine with chunks of this many rows."""
     return replace(profile, choices={**profile.choices, "chunk_rows": chunk_rows})
-
-
-def predicted_sweep(
-    spec: ModelSpec,
-    profile: MachineProfile,
-    levels: Levels,
-    tokens: int,
-    chunk_rows: int,
-    *,
-    bank_dtype: str,
-    ranks: int,
-    tokens_per_request: int,
-    transfer: Peer,
-    buffers: int,
-) -> SweepPrediction:
-    """A sweep of ``tokens`` tokens as equal requests, at these levels."""
-    return predict_sweep(
-        spec,
-        Batch.uniform(tokens, tokens_per_request),
-        with_chunks(profile, chunk_rows),
-        precision=PRECISIONS[bank_dtype],
-        levels=levels,
-        bank_bytes=bank_bytes(spec, bank_dtype),
-        depth=max(1, buffers),
-        transfer=transfer,
-        ranks=ranks,
-    )

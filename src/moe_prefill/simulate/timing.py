@@ -24,9 +24,7 @@ class SweepTimer:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         spec = machine.spec
-        self._copies = bank_copies(
-            machine.profile, machine.levels, machine.bank_bytes, ranks=machine.ranks, peer=machine.peer
-        )
+        self._copies = bank_copies(machine.profile, machine.streaming)
         last = spec.num_layers - 1
         first_of: dict[object, int] = {}
         self._like = [first_of.setdefault((layer, i == last), i) for i, layer in enumerate(spec.layers)]
@@ -38,6 +36,6 @@ class SweepTimer:
             seconds[index] = sum(parts.values())
         layer_s = [seconds[index] for index in self._like]
         head_s = head_seconds(machine.spec, batch, machine.profile, machine.precision)
-        waiting = exposure(layer_s, head_s, self._copies, machine.depth)
+        waiting = exposure(layer_s, head_s, self._copies, machine.streaming.depth)
         flops = batch_flops(machine.spec, batch)
         return SweepTime(sum(layer_s) + head_s, waiting.steady_s, waiting.first_s, flops)

@@ -114,7 +114,7 @@ class Dispatch:
 
     def states(self) -> list[WorkerState]:
         """Every rank, for reports; any thread may ask."""
-        residency = dict(Counter[str](level or "dense" for level in self.machine.levels))
+        residency = dict(Counter[str](level or "dense" for level in self.machine.streaming.levels))
         return [
             WorkerState(
                 rank=rank,

@@ -14,6 +14,7 @@ from typing import cast
 from ..blocks import BlockHasher
 from ..config import EngineConfig
 from ..core import AtomicRequest, AtomicResult, WorkerState
+from ..costmodel import Streaming
 from ..errors import Overloaded, RowError, UsageError, WorkerError
 from ..frontend import POLICIES, Machine, Ticket, make_policy, make_ticket
 from ..machine import estimated_profile, load_profile
@@ -278,11 +279,13 @@ def _machine(plan: EnginePlan, config: EngineConfig, routing: Routing, ranks: in
         spec=facts.spec,
         profile=profile,
         precision=facts.precision,
-        levels=facts.levels,
-        bank_bytes=facts.bank_bytes,
-        depth=max(1, facts.bank_buffers),
-        ranks=ranks,
-        peer=config.transport,
+        streaming=Streaming(
+            levels=facts.levels,
+            bank_bytes=facts.bank_bytes,
+            depth=max(1, facts.bank_buffers),
+            ranks=ranks,
+            peer=config.transport,
+        ),
         sweep_tokens=plan.limits.max_sweep_tokens,
         max_request_tokens=plan.limits.max_request_tokens,
         kv_blocks=facts.kv_blocks,
