@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from moe_prefill import ops
 from moe_prefill.calibrate.timing import seconds
 from moe_prefill.ops import block_experts as blocks
+from moe_prefill.ops.block_linear import KERNELS as BLOCK_KERNELS
+from moe_prefill.ops.block_linear import BlockKernel
 from moe_prefill.ops.quantize import quantize_groups, swiglu_quantize_groups
 
 BOUND = 0.02  # of ||difference|| / ||reference||, where both sides see the same float8 numbers
@@ -99,21 +101,13 @@ def normal(*shape: int, device: torch.device, std: float = 1.0) -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=torch.bfloat16) * std
 
 
-def block_scaled_mm(x: tuple[torch.Tensor, torch.Tensor], w: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """cuBLASLt's product of 1x128 rows and 128x128 blocks: scales of rows run along the rows, those of blocks along
-    the input channels, their number rounded up to a multiple of four.
-    """
-    kinds = F.ScalingType
-    grid = F.pad(w[1], (0, -w[1].shape[1] % 4))
-    return F.scaled_mm(
-        x[0],
-        w[0].t(),
-        scale_a=x[1].t(),
-        scale_recipe_a=kinds.BlockWise1x128,
-        scale_b=grid.t(),
-        scale_recipe_b=kinds.BlockWise128x128,
-        output_dtype=torch.bfloat16,
-    )
+def block_scaled_mm(
+    kernel: BlockKernel, x: tuple[torch.Tensor, torch.Tensor], weight: ops.Float8Blocks
+) -> torch.Tensor:
+    """The product of 1x128 rows and 128x128 blocks by one of the kernels for it."""
+    out = x[0].new_empty(len(x[0]), len(weight), dtype=torch.bfloat16)
+    kernel.run(*x, weight, out)
+    return out
 
 
 def linears(bench: Bench, shapes: Shapes, tokens: int) -> None:
@@ -146,14 +140,15 @@ def linear(bench: Bench, name: str, tokens: int, n: int, c: int) -> None:
         bound=QUANTISED_BOUND,
         flops=flops,
     )
-    grouped, grid = quantize_groups(x), ops.quantize_blocks(weight)
+    grouped, blocked = quantize_groups(x), ops.Float8Blocks.of(weight)
     wide = grouped[0][some].float() * grouped[1][:, some].t().repeat_interleave(ops.BLOCK, 1)
-    bench.run(
-        f"{label} fp8 blocks",
-        lambda: block_scaled_mm(grouped, grid),
-        error=lambda y: distance(y[some], wide @ ops.dequantize_blocks(*grid).t()),
-        flops=flops,
-    )
+    for kernel in BLOCK_KERNELS:
+        bench.run(
+            f"{label} fp8 blocks, {kernel.name}",
+            lambda kernel=kernel: block_scaled_mm(kernel, grouped, blocked),
+            error=lambda y: distance(y[some], wide @ blocked.wide(torch.float32).t()),
+            flops=flops,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

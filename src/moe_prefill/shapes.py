@@ -62,6 +62,23 @@ def float8_slots(shapes: Mapping[str, Shape]) -> set[str]:
     return {slot for slot in linear_slots(shapes) if all(size % 16 == 0 for size in shapes[slot])}
 
 
+def block_slots(spec: ModelSpec) -> set[str]:
+    """The linear maps beside the banks that consist of whole blocks of 128 x 128, as do the matrices that one is made
+    of: queries, keys and values, gate and up.
+    """
+    shapes = slot_shapes(spec)
+    borders = {
+        "qkv": (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim),
+        "shared.gate_up": (spec.shared_size,),
+        "gate_up": (spec.dense_size,),
+    }
+    return {
+        slot
+        for slot in linear_slots(shapes)
+        if all(size % 128 == 0 for size in (*shapes[slot], *borders.get(slot.split(".", 2)[2], ())))
+    }
+
+
 def bank_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """The slots of the expert banks, ``banks.<layer>.gate_up`` and ``banks.<layer>.down``, with their shapes."""
     gate_up = (spec.num_experts, 2 * spec.expert_size, spec.hidden_size)

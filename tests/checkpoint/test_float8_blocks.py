@@ -83,6 +83,39 @@ def test_linear_maps_are_quantised_again_row_by_row(tmp_path):
     assert torch.equal(got.lm_head, wide.lm_head)
 
 
+WHOLE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def test_linear_maps_keep_their_blocks_as_stored(tmp_path):
+    """Where they consist of whole ones: here all but the dense layer's gate, up and down of 144 channels."""
+    _, stored = save(tmp_path, **WHOLE)
+    _, wide, _ = load_weights(tmp_path, dtype=torch.float32)
+    _, got, _ = load_weights(tmp_path, dtype=torch.float32, float8=True, blocks=True)
+    for layer, mine in enumerate(got.layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        for matrix, parts in ((mine.attention.qkv, "qkv"), (mine.attention.out, "o")):
+            names = [f"{prefix}{part}_proj.weight" for part in parts]
+            assert isinstance(matrix, ops.Float8Blocks)
+            values = torch.cat([stored[name].view(torch.uint8) for name in names])
+            assert torch.equal(matrix.values.view(torch.uint8), values)
+            assert torch.equal(matrix.scale, torch.cat([stored[f"{name}_scale_inv"] for name in names]))
+        assert torch.equal(mine.attention.out.wide(torch.float32), wide.layers[layer].attention.out)
+    rows_close(got.layers[1].ffn.gate_up, wide.layers[1].ffn.gate_up)
+
+
+def test_linear_maps_that_are_stored_wide_get_blocks(tmp_path, monkeypatch):
+    """Read in pieces that are no whole blocks, unless the reader sees to it."""
+    save(tmp_path, **WHOLE)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    scale = tensors.pop(f"{name}_scale_inv")
+    wide = ops.dequantize_blocks(tensors[name], scale)
+    save_file(tensors | {name: wide}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("moe_prefill.checkpoint.reader.BOUNCE_BYTES", 200 * 4 * 256)
+    _, got, _ = load_weights(tmp_path, dtype=torch.float32, float8=True, blocks=True)
+    torch.testing.assert_close(got.layers[0].attention.qkv[:256].wide(torch.float32), wide, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("fused", [None, "apart"])
 def test_experts_keep_their_blocks_as_stored(fused, tmp_path):
     _, stored = save(tmp_path, fused=fused, moe_intermediate_size=128, hidden_size=256)

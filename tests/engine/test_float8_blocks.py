@@ -3,6 +3,7 @@ banks live, whichever form their experts are kept in.
 """
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moe_prefill.core import AtomicRequest
 from moe_prefill.engine import LocalEngine, build_engine
 from moe_prefill.engine.banks import BankMemory
 from moe_prefill.engine.block_scales import BlockScales
+from moe_prefill.engine.build import float8_form
 from moe_prefill.engine.load import load_weights, open_model
 from moe_prefill.experts import Ranks
 from moe_prefill.memory import plan_memory
@@ -67,12 +69,12 @@ def test_banks_stream_with_their_scales(odd):
     assert np.array_equal(logits(engine_on(directory, residency="offloaded")), resident)
 
 
-def blocks_engine(directory, levels) -> LocalEngine:
+def blocks_engine(directory, levels, **load) -> LocalEngine:
     """An engine whose experts keep their blocks, which a CPU computes by the plain reference."""
     spec, _ = open_model(directory)
     device = torch.device("cpu")
     memory = BankMemory(spec, levels, dtype=ops.FLOAT8, device=device, blocks=True)
-    _, weights, _ = load_weights(directory, dtype=torch.float32, allocate=memory.allocate, keep=memory.keep)
+    _, weights, _ = load_weights(directory, dtype=torch.float32, allocate=memory.allocate, keep=memory.keep, **load)
     plan = plan_memory(spec, kind="cpu", element=4, budget=1 << 30)
     return LocalEngine(spec, weights, memory.source(), plan, device=device)
 
@@ -84,6 +86,50 @@ def test_experts_with_block_scales(tmp_path):
     assert 0 < relative(resident, want) < 0.05
     for levels in (["offloaded", None, "offloaded"], ["resident", None, "offloaded"]):
         assert np.array_equal(logits(blocks_engine(tmp_path, levels)), resident), levels
+
+
+WHOLE = ALIGNED | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 256}
+
+
+def test_a_whole_model_with_the_blocks_it_was_published_with(tmp_path):
+    """Nearer to what the blocks stand for than with linear maps that are quantised again with a scale a row."""
+    model, _ = save(tmp_path, **WHOLE)
+    want = np.stack([reference_logits(model, request.tokens)[-1] for request in requests()])
+    levels = ["resident", None, "resident"]
+    kept = logits(blocks_engine(tmp_path, levels, float8=True, blocks=True))
+    again = logits(blocks_engine(tmp_path, levels, float8=True))
+    assert 0 < relative(kept, want) < relative(again, want) < 0.1
+    streamed = blocks_engine(tmp_path, ["offloaded", None, "resident"], float8=True, blocks=True)
+    assert np.array_equal(logits(streamed), kept)
+    built = engine_on(tmp_path)  # on a CPU experts have no kernel with blocks
+    assert built.experts_kernel == "fp8-linear-blocks"
+    assert relative(kept, want) < relative(logits(built), want) < 0.1
+
+
+def test_the_form_is_chosen_before_start_and_named(tmp_path, caplog, monkeypatch):
+    """As on a Hopper GPU, whose two questions are answered here."""
+    save(tmp_path, **WHOLE)
+    spec, _ = open_model(tmp_path)
+    caplog.set_level("INFO")
+
+    def form(spec, linear=None, experts=None):
+        caplog.clear()
+        monkeypatch.setattr(ops, "blocks_refused", lambda *asked: experts)
+        monkeypatch.setattr(ops, "block_linear_refused", lambda *asked: linear)
+        return float8_form(spec, "float8_e4m3fn", torch.bfloat16, torch.device("cpu"))
+
+    assert form(spec) == "fp8-published"
+    assert "8 linear maps keep their published block scales, kernel plain" in caplog.text
+    assert form(spec, linear="no kernel") == "fp8-blocks"
+    assert "8 linear maps published with block scales are quantised again with a scale a row: no kernel" in caplog.text
+    assert form(spec, linear="none", experts="none") == "fp8"
+    assert form(spec, experts="no kernel") == "fp8-linear-blocks"
+    assert "experts published with block scales are quantised again with a scale a row: no kernel" in caplog.text
+    assert form(replace(spec, float8_blocks=False)) == "fp8-blocks"
+    assert not caplog.text
+    assert form(replace(spec, dense_size=144)) == "fp8-published"
+    assert "2 linear maps published with block scales are quantised again" in caplog.text
+    assert "6 linear maps keep" in caplog.text
 
 
 def test_dummy_weights_fill_blocks(tmp_path):

@@ -9,6 +9,7 @@ from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest
 from moe_prefill.engine import build_engine
 from moe_prefill.ops.block_experts import block_grouped_mm, ref_block_grouped_mm
+from moe_prefill.ops.block_linear import KERNELS, ref_block_mm
 from moe_prefill.ops.grouped import ref_scaled_grouped_mm
 from moe_prefill.ops.linear import ref_linear
 from moe_prefill.ops.quantize import quantize_groups
@@ -72,6 +73,25 @@ def test_block_scaled_grouped():
     arguments = (values, scale, weight.contiguous(), grid.contiguous(), matrix, torch.bfloat16)
     got = same_every_time(lambda: block_grouped_mm(*arguments)[:384])
     assert_near(got, ref_block_grouped_mm(*arguments)[:384])
+
+
+@pytest.mark.parametrize("rows", [1, 130, 4096])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_block_scaled_linear(kernel, rows):
+    """130 rows fill no tile; the output may be part of a wider buffer's rows."""
+    if refusal := kernel.refusal(torch.device("cuda")):
+        pytest.skip(refusal)
+    weight = ops.Float8Blocks.of(random(640, 512, seed=1) * torch.logspace(-1, 1, 512, device="cuda").bfloat16())
+    values, scale = quantize_groups(random(rows, 512))
+
+    def work() -> torch.Tensor:
+        out = torch.empty(rows, 640, dtype=torch.bfloat16, device="cuda")
+        kernel.run(values, scale, weight, out)
+        return out
+
+    assert_near(same_every_time(work), ref_block_mm(values, scale, weight, torch.bfloat16))
+    part = ops.linear(random(rows, 512), weight[128:384])
+    assert_near(part, ref_block_mm(values, scale, weight[128:384], torch.bfloat16))
 
 
 def requests() -> list[AtomicRequest]:

@@ -25,7 +25,7 @@ from ..machine import Curve, MachineProfile
 from ..memory import memory_plan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, LayerWeights, weights_from_slots
-from ..shapes import Shape, bank_shapes, float8_slots, slot_shapes
+from ..shapes import Shape, bank_shapes, block_slots, float8_slots, slot_shapes
 from .timing import seconds
 
 _FIT_LENGTH = 256  # tokens a request of the whole layers that are timed: attention is a small part of them
@@ -161,7 +161,11 @@ class LayerBench:
         bank = source.acquire(0)
         assert bank is not None
         source.close()
-        quantised = {slot: ops.Float8Rows.of(slots[slot]) for slot in float8_slots(shapes)} if float8 else {}
+        quantised: dict[str, ops.Matrix] = {}
+        if float8:
+            quantised |= {slot: ops.Float8Rows.of(slots[slot]) for slot in float8_slots(shapes)}
+        if blocks and spec.float8_blocks and ops.block_linear_refused(self.dtype, self.device) is None:
+            quantised |= {slot: ops.Float8Blocks.of(slots[slot]) for slot in block_slots(spec)}
         return weights_from_slots(self.spec, {**slots, **quantised}).layers[0], bank
 
 

@@ -63,6 +63,7 @@ class PieceReader:
             self._fill(entry, at, destination)
             return
         step = max(1, BOUNCE_BYTES // max(row_bytes, 1))
+        step -= step % BLOCK if step > BLOCK else 0  # destinations may take whole blocks of rows only
         for first in range(0, len(rows), step):
             part = destination[first : first + step]
             staged = self._staging(max(row_bytes * len(part), 1), destination.device)[: row_bytes * len(part)]

@@ -18,13 +18,14 @@ from ..errors import UsageError
 from ..experts import ALONE, Ranks
 from ..machine import datasheet, estimated_profile, load_profile
 from ..residency import Budget, ResidencyPlan, plan_for
-from ..shapes import float8_slots, linear_slots, slot_shapes
+from ..shapes import block_slots, float8_slots, linear_slots, slot_shapes
 from .banks import BankMemory
-from .cores import keep_freed_memory
+from .cores import cpu_threads, keep_freed_memory
 from .load import load_weights, open_model
 from .local import LocalEngine
 from .memory import free_bytes, host_pool_bytes
 from .progress import LayerCounter
+from .quantized import FORMS, blocks_of
 from .trace import TraceWriter
 
 _log = logging.getLogger(__name__)
@@ -41,11 +42,12 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
     dtype = pick_dtype(config.dtype, spec, device)
     plan = plan_within(config, spec, dtype, agreed_budget(rank_budget(config, device, ranks.size), ranks))
     form = float8_form(spec, plan.bank_dtype, dtype, device)
+    expert_blocks, linear_blocks = blocks_of(form)
     banks = BankMemory(
         spec,
         plan.levels,
         dtype=getattr(torch, plan.bank_dtype),
-        blocks=form == "fp8-blocks",
+        blocks=expert_blocks,
         device=device,
         buffers=plan.bank_buffers,
         staged_shards=plan.staged_shards,
@@ -64,6 +66,7 @@ def build_engine(config: EngineConfig, ranks: Ranks = ALONE, layers_done: Int64A
         allocate=banks.allocate,
         keep=banks.keep,
         float8=form is not None,
+        blocks=linear_blocks,
         check_finite=config.check_finite,
     )
     return LocalEngine(
@@ -96,15 +99,15 @@ def prepare(device: torch.device, threads: int | None) -> int:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)  # kernels are launched on the current device
         return 1
-    count = threads or len(os.sched_getaffinity(0))
+    count = cpu_threads(threads)
     torch.set_num_threads(count)
     keep_freed_memory()
     return count
 
 
 def float8_form(spec: ModelSpec, bank_dtype: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """How float8 is computed here: ``fp8`` (a scale a row), ``fp8-blocks`` (experts with a scale a block),
-    ``fp8-weights`` (the weights only); None: the model is not in float8. What is not computed as published is logged.
+    """How float8 is computed here, one of ``quantized.FORMS`` or ``fp8-weights`` (the weights only); None: the model
+    is not in float8. What is not computed as published is logged.
     """
     if getattr(torch, bank_dtype) != ops.FLOAT8:
         return None
@@ -123,11 +126,27 @@ def float8_form(spec: ModelSpec, bank_dtype: str, dtype: torch.dtype, device: to
         )
         return "fp8-weights"
     refusal = ops.blocks_refused(spec.hidden_size, spec.expert_size, dtype, device)
-    if refusal is None:
-        return "fp8-blocks"
-    if spec.float8_blocks:
+    if refusal is not None and spec.float8_blocks:
         _log.warning("experts published with block scales are quantised again with a scale a row: %s", refusal)
-    return "fp8"
+    linear = spec.float8_blocks and _keeps_blocks(spec, dtype, device)
+    return next(form for form, blocks in FORMS.items() if blocks == (refusal is None, linear))
+
+
+def _keeps_blocks(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether linear maps that are published with block scales keep them; says which do, and why others do not."""
+    found, kept = linear_slots(slot_shapes(spec)), block_slots(spec)
+    refusal = ops.block_linear_refused(dtype, device)
+    if refusal is not None:
+        kept = set()
+    if again := len(found) - len(kept):
+        why = refusal or "they do not consist of whole blocks of 128 x 128"
+        _log.warning(
+            "%d linear maps published with block scales are quantised again with a scale a row: %s", again, why
+        )
+    if kept:
+        kernel = ops.block_linear_kernel(device)
+        _log.info("%d linear maps keep their published block scales, kernel %s", len(kept), kernel)
+    return bool(kept)
 
 
 def trace_path(path: str, ranks: Ranks) -> str:

@@ -7,6 +7,7 @@ threads; whole chunks on a core each meet once a layer. A GPU gets its parts one
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -15,6 +16,11 @@ import torch
 
 Item = TypeVar("Item")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt
+
+
+def cpu_threads(threads: int | None) -> int:
+    """Those that are asked for, else as many as this process may use."""
+    return threads or len(os.sched_getaffinity(0))
 
 
 class Cores(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -26,10 +27,10 @@ from ..models import family, preset, preset_names, spec_from_hf
 from ..models.common.config import declared_dtype
 from ..models.common.names import ignorer, required
 from ..models.weights import ExpertBank, ModelWeights, weights_from_slots
-from ..ops import FLOAT8, Matrix
-from ..shapes import bank_shapes, float8_slots, slot_shapes
+from ..ops import BLOCK, FLOAT8, Matrix
+from ..shapes import Shape, bank_shapes, block_slots, float8_slots, slot_shapes
 from .finite import check_weights
-from .quantized import QuantizedRows
+from .quantized import Quantized, QuantizedBlocks, QuantizedRows
 
 LoadFormat = Literal["safetensors", "dummy"]
 Slots = dict[str, torch.Tensor]
@@ -49,6 +50,7 @@ def load_weights(
     allocate: Allocate | None = None,
     keep: Keep | None = None,
     float8: bool = False,
+    blocks: bool = False,
     check_finite: bool = False,
 ) -> Loaded:
     """The spec, everything but the experts, and each layer's bank (None: the layer is dense, or its bank is not kept).
@@ -56,15 +58,18 @@ def load_weights(
     ``source`` is a model directory, or a hub id with its ``revision``; with ``dummy`` also the name of a preset. Slots
     go to ``device``, in ``dtype`` or the published one. Two callbacks are asked for banks (``banks.<layer>.gate_up``
     and ``.down``): ``allocate``, where a slot lives, and ``keep``, which of the layer's experts to hold, possibly none.
-    ``float8``: linear maps beside the experts are kept in float8 with a scale a row, quantised while loading.
+    ``float8``: linear maps beside the experts are kept in float8 with a scale a row, quantised while loading; with
+    ``blocks`` those that consist of whole blocks with a scale for each block of 128 x 128, which are not quantised
+    again where they are published so.
     ``check_finite``: ModelError for NaN or infinity among the weights.
     ``seed``, ``skew`` and ``num_layers`` (to cut the model short) are for dummy weights, which are drawn on ``device``
     wherever they end up.
     """
     spec, checkpoint = open_model(source, load_format, num_layers, revision)
     shapes, keep = slot_shapes(spec) | bank_shapes(spec), _banks_only(keep)
-    quantised = float8_slots(shapes) if float8 else set()
-    allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), quantised, allocate)
+    forms = dict.fromkeys(float8_slots(shapes), rows_place) if float8 else {}
+    forms |= dict.fromkeys(block_slots(spec), blocks_place) if float8 and blocks else {}
+    allocate = _allocator(dtype or getattr(torch, spec.dtype), torch.device(device), forms, allocate)
     if checkpoint is None:
         slots = dummy_slots(shapes, allocate, seed=seed, skew=skew, top_k=spec.top_k, device=device, keep=keep)
     else:
@@ -73,12 +78,24 @@ def load_weights(
     if check_finite:
         check_weights(spec, slots, kept_ranges(shapes, keep))
     banks = [_bank(slots, layer) for layer in range(spec.num_layers)]
-    return spec, weights_from_slots(spec, {name: filled(slot) for name, slot in slots.items()}), banks
+    matrices = {name: filled(slot) for name, slot in slots.items() if not name.startswith("banks.")}
+    return spec, weights_from_slots(spec, matrices), banks
 
 
-def filled(slot: torch.Tensor | QuantizedRows) -> Matrix:
+def filled(slot: torch.Tensor | Quantized) -> Matrix:
     """A slot that the loader is through with, as the mathematics reads it."""
-    return slot.matrix() if isinstance(slot, QuantizedRows) else slot
+    return slot.matrix() if isinstance(slot, Quantized) else slot
+
+
+def rows_place(shape: Shape, device: torch.device) -> Quantized:
+    """A place for a linear map with a scale a row."""
+    return QuantizedRows(torch.empty(shape, dtype=FLOAT8, device=device), torch.empty(shape[:-1], device=device))
+
+
+def blocks_place(shape: Shape, device: torch.device) -> Quantized:
+    """A place for a linear map of whole blocks with a scale each."""
+    scales = torch.empty([size // BLOCK for size in shape], device=device)
+    return QuantizedBlocks(torch.empty(shape, dtype=FLOAT8, device=device), scales)
 
 
 def open_model(
@@ -115,13 +132,17 @@ def _as_stored(spec: ModelSpec, declared: str | None, checkpoint: Checkpoint) ->
     return replace(spec, dtype=dtype, tie_embeddings=spec.tie_embeddings and not differ)
 
 
-def _allocator(dtype: torch.dtype, device: torch.device, float8: set[str], banks: Allocate | None) -> Allocate:
-    def allocate(slot: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _allocator(
+    dtype: torch.dtype,
+    device: torch.device,
+    float8: Mapping[str, Callable[[Shape, torch.device], Quantized]],
+    banks: Allocate | None,
+) -> Allocate:
+    def allocate(slot: str, shape: Shape) -> torch.Tensor:
         if banks is not None and slot.startswith("banks."):
             return banks(slot, shape)
         if slot in float8:
-            values = torch.empty(shape, dtype=FLOAT8, device=device)
-            return cast("torch.Tensor", QuantizedRows(values, torch.empty(shape[:-1], device=device)))
+            return cast("torch.Tensor", float8[slot](shape, device))
         return torch.empty(shape, dtype=dtype, device=device)
 
     return allocate

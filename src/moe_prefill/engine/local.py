@@ -31,6 +31,7 @@ from .finite import Note, WatchedDecoder, first_fault
 from .head import ReadPlan
 from .kv import PrefixPool, SweepBlocks
 from .plan import SweepPlan, build_sweep_plan
+from .quantized import blocks_of
 from .sweep import GroupOutput, SweepOutput, run_sweep, run_without_tokens
 from .trace import TraceWriter
 
@@ -149,7 +150,7 @@ class LocalEngine:
     def peak_flops(self) -> float | None:
         if self._device.type != "cuda":
             return None
-        precision = "float8" if self._quantization in ("fp8", "fp8-blocks") else self._dtype_name()
+        precision = "float8" if self._quantization not in (None, "fp8-weights") else self._dtype_name()
         return datasheet_peak(torch.cuda.get_device_name(self._device), precision)
 
     @property
@@ -176,6 +177,7 @@ class LocalEngine:
             "sweep": [self.memory.max_sweep_tokens, self.memory.chunk_rows, self.memory.max_gathered_keys],
             "logits": self.memory.logits_block_bytes,
             **({"kv_blocks": self.kv_blocks} if self.kv_blocks else {}),
+            **({"linear": ops.block_linear_kernel(self._device)} if blocks_of(self._quantization)[1] else {}),
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

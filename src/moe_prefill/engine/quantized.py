@@ -12,6 +12,19 @@ import torch
 
 from .. import ops
 
+# Forms of float8 products: whether experts, and linear maps, have a scale a block rather than one a row.
+FORMS = {
+    "fp8": (False, False),
+    "fp8-blocks": (True, False),
+    "fp8-linear-blocks": (False, True),
+    "fp8-published": (True, True),
+}
+
+
+def blocks_of(form: str | None) -> tuple[bool, bool]:
+    """Whether experts and whether linear maps have a scale a block; neither where the model is not in float8."""
+    return FORMS.get(form or "", (False, False))
+
 
 class Quantized(ABC):
     """``values`` float8 of the shape of the tensor, ``scales`` float32; ``device``: where rows are quantised."""
@@ -50,6 +63,10 @@ class Quantized(ABC):
         """How many scales of each row are not finite, int64 [rows]."""
 
     @abstractmethod
+    def matrix(self) -> ops.Matrix:
+        """What has been stored, for the products."""
+
+    @abstractmethod
     def copy_(self, rows: torch.Tensor) -> None:
         """Quantise and store rows of this shape."""
 
@@ -70,7 +87,6 @@ class QuantizedRows(Quantized):
         return (~torch.isfinite(self._scales)).long()
 
     def matrix(self) -> ops.Float8Rows:
-        """What has been stored, for the products."""
         return ops.Float8Rows(self._values, self._scales)
 
 
@@ -93,6 +109,9 @@ class QuantizedBlocks(Quantized):
     def rows_without_scale(self) -> torch.Tensor:
         wrong = (~torch.isfinite(self._scales)).sum(-1)
         return wrong.repeat_interleave(ops.BLOCK)[: len(self._values)]
+
+    def matrix(self) -> ops.Float8Blocks:
+        return ops.Float8Blocks(self._values, self._scales)
 
     def copy_blocks(self, values: torch.Tensor, scale: torch.Tensor) -> None:
         self._values.copy_(values)

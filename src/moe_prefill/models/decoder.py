@@ -114,7 +114,7 @@ class Decoder:
         return ops.rms_norm(flat, weight, self.spec.norm_eps)
 
     def _project(
-        self, weights: AttentionWeights, x_TD: ops.Matrix, first: int, last: int, out: torch.Tensor | None = None
+        self, weights: AttentionWeights, x_TD: ops.Rows, first: int, last: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
         return ops.linear(x_TD, weights.qkv[first:last], bias, out)

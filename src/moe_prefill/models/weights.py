@@ -78,7 +78,7 @@ class ModelWeights:
 
 
 def weights_from_slots(spec: ModelSpec, slots: Mapping[str, Any]) -> ModelWeights:
-    """Arrange filled slots (tensors, or ``Float8Rows`` for linear maps) as the records that the mathematics reads; no
+    """Arrange filled slots (tensors, or float8 matrices for linear maps) as the records that the mathematics reads; no
     copy.
     """
     layers = tuple(_layer_from_slots(spec, index, slots) for index in range(spec.num_layers))

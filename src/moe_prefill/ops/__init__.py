@@ -2,6 +2,7 @@
 
 from .attention import Spans, attention
 from .block_experts import BlockBank, aligned_rows, blocks_refused
+from .block_linear import Float8Blocks, block_linear_kernel, block_linear_refused
 from .expert_rows import chosen as experts_kernel
 from .expert_rows import explain as explain_experts
 from .experts import combine, experts
@@ -9,7 +10,7 @@ from .flash import chosen as flash_kernel
 from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
-from .linear import Float8Rows, Matrix, linear, linear_add_rms_norm_, rms_norm_for
+from .linear import Float8Rows, Matrix, Rows, linear, linear_add_rms_norm_, rms_norm_for
 from .merge import merge_
 from .permute import ExpertOrder, order_by_expert, permute, permute_quantize
 from .quantize import (
@@ -32,12 +33,16 @@ __all__ = [
     "FLOAT8",
     "BlockBank",
     "ExpertOrder",
+    "Float8Blocks",
     "Float8Rows",
     "Matrix",
+    "Rows",
     "Spans",
     "add_rms_norm_",
     "aligned_rows",
     "attention",
+    "block_linear_kernel",
+    "block_linear_refused",
     "blocks_refused",
     "candidate_logits",
     "combine",

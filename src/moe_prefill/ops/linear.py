@@ -1,9 +1,9 @@
 """A linear map whose weight is plain or float8. R rows, N output and C input channels.
 
 A float8 weight has a float32 scale a row. Its input is quantised the same way, row by row, and the product is scaled
-by both. Block-scaled checkpoints are re-made with a scale a row when they are loaded: at these shapes the row-wise
-product is the faster one (8192^3 on an H200: 1420 against 1196 TFLOP/s with 128 x 128 blocks), and blocks of the parts
-of a fused matrix need not meet.
+by both. Checkpoints that are published with block scales keep them where a kernel takes them (``block_linear``); else
+they are re-made with a scale a row when they are loaded. Weights that are quantised while loading get a scale a row: at
+these shapes that product is the faster one (8192^3 on an H200: 1420 against 1196 TFLOP/s with 128 x 128 blocks).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .block_linear import Float8Blocks, block_linear
 from .grouped import has_float8
 from .quantize import FLOAT8, dequantize, quantize_rows
 from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
@@ -53,7 +54,8 @@ class Float8Rows:
         return dequantize(self.values, self.scale, dtype)
 
 
-Matrix = torch.Tensor | Float8Rows
+Matrix = torch.Tensor | Float8Rows | Float8Blocks  # of weights
+Rows = torch.Tensor | Float8Rows  # of activations
 
 
 def ref_linear(
@@ -65,7 +67,7 @@ def ref_linear(
 
 
 def linear(
-    x_RC: Matrix, weight_NC: Matrix, bias_N: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x_RC: Rows, weight_NC: Matrix, bias_N: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x @ weight.T + bias``; [R, N] in the dtype of ``x`` (bfloat16 where it comes quantised), new or in ``out``.
 
@@ -79,12 +81,15 @@ def linear(
         if bias_N is None:
             return torch.mm(x_RC, weight_NC.t(), out=out)
         return torch.addmm(bias_N, x_RC, weight_NC.t(), out=out)
+    if isinstance(weight_NC, Float8Blocks):
+        assert isinstance(x_RC, torch.Tensor), "a weight of blocks takes plain rows"
+        return block_linear(x_RC, weight_NC, bias_N, out)
     return _float8_linear(x_RC, weight_NC, bias_N, out)
 
 
-def rms_norm_for(x_RC: torch.Tensor, norm_C: torch.Tensor, eps: float, weight_NC: Matrix) -> Matrix:
+def rms_norm_for(x_RC: torch.Tensor, norm_C: torch.Tensor, eps: float, weight_NC: Matrix) -> Rows:
     """The norm of rows as ``linear`` of this weight takes it: quantised in the same pass where the product is in
-    float8.
+    float8 with a scale a row.
     """
     if isinstance(weight_NC, Float8Rows) and x_RC.dtype == torch.bfloat16 and has_float8(x_RC.device):
         return Float8Rows(*rms_norm_quantize(x_RC, norm_C, eps))
@@ -109,7 +114,7 @@ def linear_add_rms_norm_(
 
 
 def _float8_linear(
-    x_RC: Matrix, weight_NC: Float8Rows, bias_N: torch.Tensor | None, out: torch.Tensor | None
+    x_RC: Rows, weight_NC: Float8Rows, bias_N: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
     dtype = x_RC.dtype if isinstance(x_RC, torch.Tensor) else torch.bfloat16
     if isinstance(x_RC, torch.Tensor) and not has_float8(x_RC.device):

@@ -1,0 +1,117 @@
+"""Linear maps with a scale for each block of 128 x 128: the product of what values and scales stand for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_prefill import ops
+from moe_prefill.ops import block_linear
+from moe_prefill.ops.block_linear import BlockKernel, block_mm, ref_block_mm
+from moe_prefill.ops.quantize import dequantize_blocks, quantize_groups
+
+from .test_ops import random
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm())
+
+
+def uneven(n: int, c: int) -> torch.Tensor:
+    """A weight whose blocks have very different sizes, so that a scale in the wrong place shows."""
+    sizes = torch.logspace(-2, 2, n // 128 * (c // 128)).view(n // 128, c // 128)
+    return random(n, c, seed=1).cpu() * sizes.repeat_interleave(128, 0).repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_near_the_product_of_what_the_blocks_stand_for(rows, bias, dtype):
+    x, weight = random(rows, 256, dtype=dtype).cpu(), ops.Float8Blocks.of(uneven(384, 256))
+    offset = random(384, dtype=dtype, seed=2).cpu() if bias else None
+    got = ops.linear(x, weight, offset)
+    assert (got.dtype, got.shape) == (dtype, (rows, 384))
+    if rows:
+        want = F.linear(x.float(), weight.wide(torch.float32), None if offset is None else offset.float())
+        assert 0 < relative(got, want) < 0.05, "the rounding of activations"
+    into = torch.empty_like(got)
+    assert ops.linear(x, weight, offset, into) is into
+    assert torch.equal(into, got)
+
+
+def test_the_reference_by_hand():
+    """Rows of ones with scales 2 and 3 for their two groups of 128 channels; blocks of ones with scales 1, 10, 100 and
+    1000: 128 * (2 * 1 + 3 * 10) and 128 * (2 * 100 + 3 * 1000).
+    """
+    ones = torch.ones(256, 256).to(ops.FLOAT8)
+    weight = ops.Float8Blocks(ones, torch.tensor([[1.0, 10.0], [100.0, 1000.0]]))
+    scale_GR = torch.tensor([[2.0], [3.0]])
+    got = ref_block_mm(ones[:1], scale_GR, weight, torch.float32)
+    assert got[0, :128].unique().tolist() == [128 * 32]
+    assert got[0, 128:].unique().tolist() == [128 * 3200]
+    assert torch.equal(block_mm(ones[:1], scale_GR, weight, torch.empty(1, 256)), got)
+
+
+def test_parts_of_a_fused_matrix_are_whole_blocks():
+    x, weight = random(5, 256).cpu(), ops.Float8Blocks.of(uneven(384, 256))
+    whole = ops.linear(x, weight)
+    part = weight[128:]
+    assert (len(part), part.shape, part.nbytes) == (256, (256, 256), 256 * 256 + 4 * 4)
+    torch.testing.assert_close(ops.linear(x, part), whole[:, 128:])
+    with pytest.raises(AssertionError):
+        weight[64:]
+
+
+def test_published_blocks_are_nearer_than_rows_made_of_them():
+    """What keeping them is for: scales of rows round each value once more."""
+    wide, x = random(512, 1024, seed=1).cpu(), random(64, 1024).cpu()
+    want = F.linear(x, wide)
+    published = ops.Float8Blocks.of(wide)
+    again = ops.Float8Rows.of(published.wide(torch.float32))
+    kept, made = relative(ops.linear(x, published), want), relative(ops.linear(x, again), want)
+    assert kept < 0.04
+    assert kept < 0.9 * made
+
+
+def test_a_norm_in_front_leaves_rows_plain():
+    x, weight = random(3, 256).cpu(), ops.Float8Blocks.of(uneven(128, 256))
+    normed = ops.rms_norm_for(x, torch.ones(256), 1e-6, weight)
+    assert torch.equal(normed, ops.rms_norm(x, torch.ones(256), 1e-6))
+    residual = torch.zeros(3, 128)
+    ops.linear_add_rms_norm_(normed, weight, None, residual, torch.ones(128), 1e-6)
+    values, scale_GR = quantize_groups(normed)
+    want = (values.float() * scale_GR.t().repeat_interleave(128, 1)) @ dequantize_blocks(
+        weight.values, weight.scale
+    ).t()
+    torch.testing.assert_close(residual, want)
+
+
+def test_the_kernels_of_a_gpu_are_tried_before_anything_depends_on_them(monkeypatch):
+    """A kernel that multiplies wrongly, one that raises, one whose package is missing, and a good one."""
+
+    def good(rows, scale, weight, out):
+        out.copy_(ref_block_mm(rows, scale, weight, out.dtype))
+
+    def wrong(rows, scale, weight, out):
+        out.copy_(ref_block_mm(rows, scale.flip(0), weight, out.dtype))
+
+    def broken(rows, scale, weight, out):
+        raise RuntimeError("no\nkernel image")
+
+    cpu = torch.device("cpu")
+    kernels = [
+        BlockKernel(*each) for each in (("a", wrong), ("b", broken), ("c", good, "no_such_package"), ("d", good))
+    ]
+    assert [kernel.refusal(cpu) for kernel in kernels] == [
+        "it multiplies wrongly",
+        "it does not work here: no kernel image",
+        "no_such_package is not installed",
+        None,
+    ]
+    monkeypatch.setattr(block_linear, "KERNELS", kernels)
+    assert block_linear.chosen.__wrapped__(cpu).name == "d"
+
+
+def test_a_cpu_multiplies_blocks_in_plain_torch():
+    cpu = torch.device("cpu")
+    assert ops.block_linear_refused(torch.float32, cpu) is None
+    assert ops.block_linear_kernel(cpu) == "plain"
