@@ -72,5 +72,6 @@ def make_service(tokenizer):
 
     yield make
     for service, engine in made:
-        engine.gate.set()
+        if isinstance(engine, FakeEngine):
+            engine.gate.set()
         service.close()

@@ -130,7 +130,7 @@ def test_the_pace_of_overlapping_calls_is_the_engines_own():
     begin_s = clock()
     for call in calls:
         clock.now_s += 1.0
-        scheduler._learn(call, begin_s)
+        scheduler._learn(call.lane, call.tokens, begin_s)
     assert scheduler.pace.tokens_per_s == pytest.approx(100)
 
 
@@ -163,6 +163,45 @@ def test_a_routed_request_is_answered_when_it_is_done():
     assert len(works[0].reply.result(30)) == 2
     assert scheduler.state == "ready"
     scheduler.close()
+
+
+def test_who_leaves_is_withdrawn_from_an_engine_that_routes():
+    engine = Routing1by1()
+    scheduler = started(engine)
+    works = [work_of(1, 2, 3), work_of(4)]
+    for work in works:
+        scheduler.submit(work)
+    wait_until(lambda: len(engine.given) == 4)
+    replies = {int(asked.tokens[0]): reply for asked, reply in engine.given}
+    first, *others = [replies[int(asked.tokens[0])] for asked in works[0].requests]
+    assert first.set_running_or_notify_cancel(), "its sweep runs"
+    assert works[0].reply.cancel()
+    assert not first.cancelled()
+    assert all(reply.cancelled() for reply in others)
+    first.set_result(engine._one(works[0].requests[0]))  # and is dropped
+    replies[int(works[1].requests[0].tokens[0])].set_result(engine._one(works[1].requests[0]))
+    assert isinstance(works[1].reply.result(30)[0], AtomicResult)
+    scheduler.close()
+    assert scheduler.running_tokens == 0
+
+
+def test_what_was_withdrawn_does_not_count_as_speed():
+    clock, engine = Clock(), Routing1by1()
+    scheduler = Scheduler(engine, Policy(max_queue_tokens=10**6, max_wait_s=0, max_sweep_s=2.0), clock=clock)
+    scheduler.state = "ready"
+    kept, gone = work_of(1), work_of(*range(2, 11))
+    for work in (kept, gone):
+        scheduler.submit(work)
+    call = scheduler.decide()
+    thread = threading.Thread(target=scheduler.run, args=(call,))
+    thread.start()
+    wait_until(lambda: len(engine.given) == 10)
+    clock.now_s += 1.0
+    gone.reply.cancel()
+    engine.given[0][1].set_result(engine._one(kept.requests[0]))
+    thread.join(30)
+    assert call.tokens == 100
+    assert scheduler.pace.tokens_per_s == pytest.approx(10)
 
 
 def test_a_routed_engine_that_is_lost_answers_everyone():

@@ -17,21 +17,27 @@ from moe_prefill.core import AtomicRequest
 from moe_prefill.server.app import SlowReaders
 from moe_prefill.server.fairqueue import make_work
 from moe_prefill.server.scheduler import Policy, Scheduler
-from moe_prefill.workers import GroupEngine, RoutedEngine, group
+from moe_prefill.workers import GroupEngine, RoutedEngine, Routing, group
 from tests.workers.fake_worker import answer
 from tests.workers.helpers import harm, workers
 
 from .batches import ended, line, sdk, served, start
 from .conftest import MODEL, ROOT
-from .helpers import running
+from .helpers import listening, running
 
 
-@pytest.fixture(params=[GroupEngine, RoutedEngine])
-def group_engine(request, monkeypatch, tmp_path):
+@pytest.fixture
+def fake_workers(monkeypatch, tmp_path):
+    """Configs of engines whose workers only pretend to compute."""
     monkeypatch.setattr(group, "WORKER", "tests.workers.fake_worker")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    engine = request.param(EngineConfig(model=json.dumps({"layer_s": 0.001}), gpus=2, device="cpu"))
+    return lambda gpus, **facts: EngineConfig(model=json.dumps(facts), gpus=gpus, device="cpu")
+
+
+@pytest.fixture(params=[GroupEngine, RoutedEngine])
+def group_engine(request, fake_workers):
+    engine = request.param(fake_workers(2, layer_s=0.001))
     yield engine
     engine.close()
 
@@ -68,6 +74,46 @@ def test_workers_killed_under_load_lose_and_double_nothing(group_engine):
     assert not wrong
     assert len(replies) == 72
     assert group_engine.stats.restarts >= 1
+
+
+def test_a_client_that_leaves_takes_what_waits_at_a_worker_with_it(fake_workers, make_service):
+    """Its rows were routed and their sweep had not begun. Those beside them are answered."""
+    engine = RoutedEngine(fake_workers(1), Routing(policy="round-robin"))
+    load = engine._routes.frontend.workers[0].load
+    (worker,) = workers()
+
+    async def until(true, *asked):
+        while not true():
+            assert not any(one.done() for one in asked)
+            await asyncio.sleep(0.005)
+
+    def body(rows):
+        return {"query": [1], "items": rows, "label_token_ids": [1, 2], "apply_softmax": True}
+
+    async def go(url):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            harm(worker, signal.SIGSTOP)
+            first = asyncio.ensure_future(http.post("/v1/score", json=body([[7] * 60])))
+            await until(lambda: load.running == 1, first)
+            leaves = asyncio.ensure_future(http.post("/v1/score", json=body([[n, n] * 15 for n in range(40)])))
+            await until(lambda: load.waiting == 40, first, leaves)
+            leaves.cancel()
+            await until(lambda: load.waiting == 0, first)
+            harm(worker, signal.SIGCONT)
+            assert (await first).status_code == 200
+            return await http.post("/v1/score", json=body([[9, 9]]))
+
+    service = make_service(engine, max_queue_tokens=10**4)
+    service.scheduler.pace.call_tokens = 1e4  # all rows in one call
+    try:
+        with listening(service) as url:
+            reply = asyncio.run(go(url))
+    finally:
+        harm(worker, signal.SIGCONT)
+        engine.close()
+    assert reply.status_code == 200
+    assert (load.flops, load.waiting, load.running) == (0, 0, 0)
+    assert engine.stats.requests == 2, "the rows of who left were not computed"
 
 
 def test_a_client_that_does_not_take_its_reply_is_let_go():

@@ -1,12 +1,16 @@
 """Who is given what, and when: the frontend of ranks whose progress is told."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_prefill.core import RunStats
-from moe_prefill.frontend import make_policy
+from moe_prefill.frontend import POLICIES, make_policy
 from moe_prefill.workers.dispatch import Dispatch, Lead
-from tests.frontend.helpers import machine, rng_tokens, tickets
+from tests.frontend.helpers import families, machine, rng_tokens, tickets
 
 
 def dispatch_of(ranks=2, schedule="free", depth=2, **changes):
@@ -99,3 +103,57 @@ def test_sweeps_stay_within_their_seconds_by_the_pace_that_is_seen():
     assert dispatch.pace == pytest.approx(2)
     ((_, _, second),) = dispatch.give(1.0, [3])
     assert (len(first), len(second)) == (4, 2)
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["submit", "cancel", "cancel", "give", "give", "done", "lost"]), st.integers(0, 10**6)),
+    max_size=60,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, policy=st.sampled_from(POLICIES), schedule=st.sampled_from(["free", "rounds"]))
+def test_what_is_cancelled_before_its_sweep_is_given_leaves_no_trace(steps, policy, schedule):
+    """Cancelled: never in a sweep that is formed later. The rest: finished once. Books: those of the unfinished."""
+    it, life = machine(), 0
+    made = tickets(families(np.random.default_rng(0), 20, 4, 80, 60))
+    dispatch = Dispatch(it, make_policy(policy, it.costs, it.limits), 2, schedule, Lead(depth=2, seconds=9.0))
+    dispatch.joined(0, [0, 0])
+    submitted, running, gone, finished = 0, [[], []], set(), []
+    for step, number in [*steps, *[("give", 0), ("done", 0), ("done", 1)] * 100]:
+        if step == "submit":
+            for ticket in made[submitted : submitted + 10]:
+                dispatch.frontend.submit(ticket)
+            submitted = min(submitted + 10, len(made))
+        elif step == "cancel" and submitted:
+            id = made[number % submitted].id
+            inside = {ticket.id for sweeps in running for _, sweep in sweeps for ticket in sweep}
+            if id not in {*finished, *gone, *inside}:
+                dispatch.frontend.cancel(id)
+                gone.add(id)
+        elif step == "give":
+            for rank, score, sweep in dispatch.give(float(life), [0, 0]):
+                assert not gone & {ticket.id for ticket in sweep}
+                running[rank].append((score, sweep))
+        elif step == "done" and running[number % 2]:
+            score, _ = running[number % 2].pop(0)
+            finished += [ticket.id for ticket in finish(dispatch, number % 2, score) or ()]
+        elif step == "lost":
+            dispatch.lost()
+            life, running = life + 1, [[], []]
+            dispatch.joined(life, [0, 0])
+        check_books(dispatch, made)
+    assert sorted(finished) == sorted({ticket.id for ticket in made[:submitted]} - gone)
+    assert dispatch.idle
+
+
+def check_books(dispatch, made):
+    """What is booked and promised is what the requests of a worker that are not finished make."""
+    for worker in dispatch.frontend.workers:
+        mine = [ticket for ticket in made if worker.load.has(ticket.id)]
+        assert worker.load.waiting == len(worker.waiting)
+        assert worker.load.waiting + worker.load.running == len(mine)
+        assert worker.load.tokens == sum(ticket.num_tokens for ticket in mine)
+        assert worker.table.pending == Counter(digest for ticket in mine for digest in ticket.chain)
+        if not mine:
+            assert (worker.load.flops, worker.load.ns) == (0, 0)

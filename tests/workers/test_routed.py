@@ -9,16 +9,18 @@ import signal
 import tempfile
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_prefill.config import EngineConfig
-from moe_prefill.core import AtomicRequest
+from moe_prefill.core import AtomicRequest, AtomicResult
 from moe_prefill.errors import Overloaded, PlanError, RowError, UsageError, WorkerError
 from moe_prefill.frontend import POLICIES
 from moe_prefill.workers import Patience, RoutedEngine, Routing, group
+from moe_prefill.workers.routed import Reply
 from tests.workers.fake_worker import answer
 from tests.workers.helpers import harm, wait_for, workers
 
@@ -169,6 +171,86 @@ def test_what_is_cancelled_is_not_computed():
     load = engine._routes.frontend.workers[0].load
     assert (load.flops, load.ns, load.tokens, load.waiting, load.running) == (0, 0, 0, 0, 0)
     engine.close()
+
+
+def test_what_waits_at_a_worker_is_withdrawn_with_its_bookkeeping():
+    engine = engine_of(1, Routing(policy="round-robin"), kv_blocks=8)
+    worker = engine._routes.frontend.workers[0]
+    harm(workers()[0], signal.SIGSTOP)
+    (first,) = engine.submit([AtomicRequest.candidates(np.arange(60), [1])])
+    assert wait_for(lambda: first.started_s)
+
+    def books():
+        return worker.load.flops, worker.load.ns, worker.load.tokens, worker.load.waiting, dict(worker.table.pending)
+
+    before = books()
+    assert before[4], "the request that runs has promised its blocks"
+    replies = engine.submit(requests_of(0, 40))
+    assert wait_for(lambda: worker.load.waiting == 40)
+    assert all(reply.cancel() for reply in replies)
+    assert wait_for(lambda: books() == before)
+    harm(workers()[0], signal.SIGCONT)
+    first.result(20)
+    (after,) = engine.submit([AtomicRequest.candidates([3], [1])])
+    after.result(20)
+    assert wait_for(lambda: engine._idle)
+    assert (worker.load.flops, worker.load.ns, worker.load.tokens) == (0, 0, 0)
+    assert not worker.table.pending
+    assert engine.stats.requests == 2
+    engine.close()
+
+
+def test_who_left_during_a_sweep_is_not_computed_a_second_time():
+    engine = engine_of(1)
+    given = requests_of(0, 2)
+    harm(workers()[0], signal.SIGSTOP)
+    gone, stays = engine.submit(given)
+    assert wait_for(lambda: gone.started_s and stays.started_s)
+    assert not gone.cancel()
+    harm(workers()[0], signal.SIGKILL)
+    with pytest.raises(CancelledError):
+        gone.result(20)
+    check(given[1:], [stays.result(20)])
+    assert wait_for(lambda: engine._idle)
+    assert (engine.stats.requests, engine.stats.restarts) == (1, 1)
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_clients_that_leave_and_workers_that_die_every_request_has_one_end(seed):
+    chance = random.Random(seed)
+    engine = engine_of(2, Routing(policy=chance.choice(POLICIES)), Patience(restarts=20), layer_s=0.003, kv_blocks=8)
+    told: list[int] = []
+    asked: list[tuple[AtomicRequest, Reply]] = []
+    for step in range(12):
+        made = requests_of(100 * seed + step, 20)
+        asked += zip(made, engine.submit(made, patient=True), strict=True)
+        for number, (_, reply) in enumerate(asked[-len(made) :], len(asked) - len(made)):
+            reply.add_done_callback(lambda _, number=number: told.append(number))
+        for _, reply in chance.sample(asked, len(asked) // 4):
+            reply.cancel()
+        if step in (3, 8) and workers():
+            harm(chance.choice(workers()), signal.SIGKILL)
+        time.sleep(0.01)
+    ends = [(request, reply, _end(reply)) for request, reply in asked]
+    assert sorted(told) == list(range(len(asked)))
+    assert all(reply.unwanted for _, reply, end in ends if end is None)
+    kept = [(request, end) for request, _, end in ends if end is not None]
+    check([request for request, _ in kept], [end for _, end in kept])
+    assert wait_for(lambda: engine._idle)
+    assert len(kept) <= engine.stats.requests < len(asked)
+    for worker in engine._routes.frontend.workers:
+        load = worker.load
+        assert (load.flops, load.ns, load.tokens, load.waiting, load.running) == (0, 0, 0, 0, 0)
+        assert not worker.table.pending
+    engine.close()
+
+
+def _end(reply: Reply) -> AtomicResult | None:
+    try:
+        return reply.result(60)
+    except CancelledError:
+        return None
 
 
 def test_less_than_t_waits_and_then_goes():

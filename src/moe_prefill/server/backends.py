@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..core import AtomicRequest, AtomicResult, ScoringEngine, StartingEngine
 from ..errors import WorkerError
 
 Answers = list[AtomicResult | Exception]
-Parts = Sequence[Sequence[AtomicRequest]]
+
+
+class Asked(Protocol):
+    """One part of a call. ``reply`` is done before the part is answered where nobody waits for it any more."""
+
+    @property
+    def requests(self) -> Sequence[AtomicRequest]: ...
+
+    @property
+    def reply(self) -> Future[Any]: ...
 
 
 class Backend(Protocol):
@@ -20,47 +29,54 @@ class Backend(Protocol):
     @property
     def calls_at_once(self) -> int: ...
 
-    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
-        """Each part's number and its answers, in any order. Raises WorkerError when the engine is lost."""
+    def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
+        """Each part's number and its answers, in any order; CancelledError for a request that was withdrawn because
+        nobody waits for it. Raises WorkerError when the engine is lost.
+        """
         ...
 
 
 class Lists:
-    """An engine of lists: all parts are answered together."""
+    """An engine of lists: all parts are answered together, and nothing is withdrawn."""
 
     def __init__(self, engine: ScoringEngine, calls_at_once: int) -> None:
         self._engine = engine
         self.calls_at_once = calls_at_once
 
-    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
-        answers = self._engine.score([request for part in parts for request in part])
-        assert len(answers) == sum(map(len, parts)), (len(answers), list(map(len, parts)))
+    def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
+        sizes = [len(part.requests) for part in parts]
+        answers = self._engine.score([request for part in parts for request in part.requests])
+        assert len(answers) == sum(sizes), (len(answers), sizes)
         start = 0
-        for number, part in enumerate(parts):
-            yield number, answers[start : start + len(part)]
-            start += len(part)
+        for number, size in enumerate(sizes):
+            yield number, answers[start : start + size]
+            start += size
 
 
 @runtime_checkable
 class RoutingEngine(Protocol):
     """An engine that routes requests one by one; ``patient`` ones wait for room in its queue. Callbacks of the futures
-    run in the engine's thread.
+    run in the engine's thread. Cancelling a future withdraws its request unless that is being computed.
     """
 
     def submit(self, requests: Sequence[AtomicRequest], *, patient: bool) -> Sequence[Future[AtomicResult]]: ...
 
 
 class Routed:
-    """An engine that routes: a part is answered when its own requests are, whatever the others take."""
+    """An engine that routes: a part is answered when its own requests are, whatever the others take, and withdrawn
+    when nobody waits for it any more.
+    """
 
     calls_at_once = 2  # the second is routed while the first is computed
 
     def __init__(self, engine: RoutingEngine) -> None:
         self._engine = engine
 
-    def compute(self, parts: Parts) -> Iterator[tuple[int, Answers]]:
+    def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
         finished = SimpleQueue[int]()
-        replies = [self._engine.submit(part, patient=True) for part in parts]
+        replies = [self._engine.submit(part.requests, patient=True) for part in parts]
+        for part, mine in zip(parts, replies, strict=True):
+            part.reply.add_done_callback(lambda _, mine=mine: _withdraw(mine))  # type: ignore[misc]
         for number, mine in enumerate(replies):
             for reply in mine:
                 reply.add_done_callback(lambda _, number=number: finished.put(number))  # type: ignore[misc]
@@ -79,8 +95,16 @@ def backend_of(engine: ScoringEngine) -> Backend:
     return Lists(engine, 2 if isinstance(engine, StartingEngine) else 1)
 
 
+def _withdraw(replies: Sequence[Future[AtomicResult]]) -> None:
+    """Nobody waits for these; those that are answered already stay so."""
+    for reply in replies:
+        reply.cancel()
+
+
 def _outcome(reply: Future[AtomicResult]) -> AtomicResult | Exception:
     """Raises WorkerError, which is no request's own."""
+    if reply.cancelled():
+        return CancelledError()
     error = reply.exception()
     if error is None:
         return reply.result()

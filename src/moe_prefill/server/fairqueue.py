@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,8 +77,18 @@ class Part:
         return self.work.requests[self.start : self.end]
 
     @property
+    def reply(self) -> Future[Answers]:
+        return self.work.reply
+
+    @property
     def tokens(self) -> int:
         return sum(self.work.costs[self.start : self.end])
+
+    def computed_tokens(self, answers: Answers) -> int:
+        """``tokens`` of the requests that were not withdrawn."""
+        costs = self.work.costs[self.start : self.end]
+        pairs = zip(costs, answers, strict=True)
+        return sum(cost for cost, answer in pairs if not isinstance(answer, CancelledError))
 
     def fill(self, answers: Answers) -> bool:
         """Put the answers in their places, in whatever order the parts of a work are done; True: it was the last."""

@@ -198,12 +198,14 @@ class Scheduler:
         begin_s = self._clock()
         for part in call.parts:
             part.work.started_s = part.work.started_s or begin_s
-        missing = dict(enumerate(call.parts))
+        missing, computed = dict(enumerate(call.parts)), 0
         try:
-            for number, answers in self._backend.compute([part.requests for part in call.parts]):
-                self._answer(missing.pop(number), answers)
+            for number, answers in self._backend.compute(call.parts):
+                part = missing.pop(number)
+                computed += part.computed_tokens(answers)
+                self._answer(part, answers)
             assert not missing, f"{len(missing)} parts of a call were not answered"
-            self._learn(call, begin_s)
+            self._learn(call.lane, computed, begin_s)
         except Exception as error:  # whatever it is, nobody may wait for ever
             # Only our own messages are known to hold nothing of a prompt.
             why = error if isinstance(error, MoePrefillError) else type(error).__name__
@@ -223,11 +225,12 @@ class Scheduler:
         if complete:
             part.work.resolve(part.work.answers)
 
-    def _learn(self, call: Call, begin_s: float) -> None:
-        """How long the engine took: not while it was still at the call before."""
+    def _learn(self, lane: Lane, tokens: int, begin_s: float) -> None:
+        """How long the engine took for a call that computed so many tokens: not while it was at the call before."""
         with self._changed:
             now_s = self._clock()
-            self.paces[call.lane].add(call.tokens, now_s - max(begin_s, self._learnt_s))
+            if tokens:
+                self.paces[lane].add(tokens, now_s - max(begin_s, self._learnt_s))
             self._learnt_s = now_s
 
     def drain(self, seconds: float, coming: Callable[[], int] = lambda: 0) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import cast
@@ -47,10 +47,16 @@ class Routing:
 
 class Reply(Future[AtomicResult]):
     """The answer to one request, or its error. ``started_s``: when its sweep was given to a worker (monotonic clock).
-    ``cancel`` takes the request out unless its sweep runs already.
+    ``cancel`` takes the request out, unless its sweep was given to a worker already: then it is ``unwanted``, is
+    answered when the sweep is done, and is not computed a second time should the worker be lost.
     """
 
     started_s: float | None = None
+    unwanted = False
+
+    def cancel(self) -> bool:
+        self.unwanted = True
+        return super().cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +219,12 @@ class RoutedEngine(ProcessEngine):
         return self._routes.wait_s(time.monotonic())
 
     def _take_back(self) -> int:
-        return 0 if self._dispatch is None else self._dispatch.lost()
+        again = 0 if self._dispatch is None else self._dispatch.lost()
+        for id, reply in list(self._replies.items()):
+            if reply.unwanted and reply.running():
+                self._routes.frontend.cancel(id)
+                _resolve(self._replies.pop(id), CancelledError())
+        return again
 
     def _refuse(self, error: Exception) -> None:
         while self._replies:
@@ -256,7 +267,12 @@ class RoutedEngine(ProcessEngine):
             self._outside[id] = entry.ticket
         else:
             self._submit(entry.ticket)
-        entry.reply.add_done_callback(lambda reply: self._inbox.put(id) if reply.cancelled() else None)
+        entry.reply.add_done_callback(lambda reply: self._forget(id) if reply.cancelled() else None)
+
+    def _forget(self, id: int) -> None:
+        """Any thread: nobody waits for a request any more."""
+        self._inbox.put(id)
+        self._wake_up()
 
     def _submit(self, ticket: Ticket) -> None:
         try:
