@@ -40,11 +40,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make ``build_engine`` return a FakeEngine (or what is given), without importing torch's half."""
+    """Make ``build_engine`` return a FakeEngine (or what is given), without importing torch's half; its settings are
+    those that were given.
+    """
 
     def use(build: Callable[[Any], Any] = lambda config: FakeEngine(max_request=4096)) -> None:
         module = types.ModuleType("moe_prefill.engine")
         module.build_engine = build  # type: ignore[attr-defined]
+        module.plan_settings = lambda config: {"dtype": config.dtype, "sharing": config.sharing}  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "moe_prefill.engine", module)
 
     use()

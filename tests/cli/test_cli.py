@@ -331,6 +331,37 @@ def test_resume_takes_the_sizes_that_the_job_began_with(
     assert classify("--resume", "--window-rows", "2") == 0  # finished: nothing to do
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--dtype", "float32"), 'engine.dtype: "auto" there, "float32" now'),
+        (("--max-sweep-tokens", "9"), "engine.max_sweep_tokens: 4096 there, 9 now"),
+        (("--limit", "2"), "input.rows: 4 there, 2 now"),
+        (("--template", "Is {text} spam?"), "task.digest"),
+    ],
+)
+def test_another_job_is_refused_before_its_model_is_loaded(
+    classify: Callable[..., int],
+    engine: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    told: str,
+) -> None:
+    class Stops(FakeEngine):
+        def score(self, requests: Any) -> Any:
+            raise KeyboardInterrupt
+
+    engine(lambda config: Stops(max_request=4096, max_sweep=4096))
+    assert classify() == 130
+    engine(lambda config: pytest.fail("loaded"))
+    assert classify("--resume", *options) == 7
+    assert told in capsys.readouterr().err
+    engine()
+    assert classify("--overwrite") == 0
+    engine(lambda config: pytest.fail("loaded"))
+    assert classify("--resume", *options) == 7
+
+
 def test_a_resumed_chat_job_goes_on_with_its_day(
     classify: Callable[..., int], engine: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,19 +16,21 @@ from ..core import EngineLimits
 from ..errors import InputError, TaskError, UsageError
 from ..jobs import (
     FileOutput,
+    Identity,
     JobConfig,
     Output,
     Shard,
     StreamOutput,
     Summary,
+    added_columns,
     check_columns,
+    known_identity,
     model_fingerprint,
     run_job,
 )
-from ..jobs.answers import error_column
 from ..jobs.spool import spool
 from ..jobs.tables import Format, Table, check_format, choose_format, find_files, format_of, open_table
-from ..tasks import ChooseConfig, ClassifyConfig, TaskConfig, build_task, config_from_mapping, read_task_file
+from ..tasks import ChooseConfig, ClassifyConfig, Task, TaskConfig, build_task, config_from_mapping, read_task_file
 from ..tasks.taskfile import CONFIGS
 from .fields import given
 from .flags import RunOptions
@@ -94,14 +96,18 @@ def run_task(kind: str, source: str, values: dict[str, Any]) -> None:
 
 
 def _run(request: Request, output: Output, table: Table) -> Summary:
+    from ..engine import plan_settings
     from ..workers import build_scoring
     from .loading import loading
     from .progress import observer_for
 
     request = replace(request, task=_dated(request.task, output), engine=_pinned(request.engine))
     tokenizer = _tokenizer(request)
-    early_check(request, table, tokenizer)
-    config, identity = _engine_config(request, output), _model_identity(request, tokenizer)
+    task, job = checked_task(request, table, tokenizer), _job_config(request)
+    config, model = _engine_config(request, output), _model_identity(request, tokenizer)
+    settings = plan_settings(config)
+    if isinstance(output, FileOutput):
+        output.check(_certain(request, known_identity(table, task, job, model, settings), config))
     with loading(config, request.run):
         scoring = build_scoring(config)
     with closing(scoring) as engine, observer_for(request.run) as observer:
@@ -110,19 +116,31 @@ def _run(request: Request, output: Output, table: Table) -> Summary:
             build_task(request.task, tokenizer, engine.limits, table.columns),
             engine,
             output,
-            _job_config(request),
-            model=identity,
+            job,
+            model=model,
+            settings=settings,
             output_name=str(request.run.output),
             observer=observer,
         )
 
 
-def early_check(request: Request, table: Table, tokenizer: Tokenizer) -> None:
-    """Find what is wrong with task and columns before the weights are loaded, which can take minutes."""
+def checked_task(request: Request, table: Table, tokenizer: Tokenizer) -> Task:
+    """The task without a plan's limits: finds what is wrong with it and with columns before the weights are loaded,
+    which can take minutes.
+    """
     limits = EngineLimits(max_request_tokens=_UNBOUNDED, max_sweep_tokens=_UNBOUNDED, vocab_size=tokenizer.vocab_size)
     task = build_task(request.task, tokenizer, limits, table.columns)
-    added = (*task.columns, error_column(request.task.output_prefix))
-    check_columns(table, task, added, request.run.label_column)
+    check_columns(table, task, added_columns(task, request.task.output_prefix), request.run.label_column)
+    return task
+
+
+def _certain(request: Request, known: Identity, config: EngineConfig) -> Identity:
+    """What the finished identity will say for certain: a digest of a truncating task holds the plan's longest request;
+    sizes that are given are kept.
+    """
+    sizes = {f"engine.{name}": getattr(config, name) for name in ("max_sweep_tokens", "chunk_rows")}
+    certain = known | {name: size for name, size in sizes.items() if size is not None}
+    return {name: value for name, value in certain.items() if name != "task.digest" or request.task.truncate == "error"}
 
 
 def _task_config(kind: str, values: dict[str, Any], path: str | None) -> TaskConfig:

@@ -11,8 +11,7 @@ from rich.text import Text
 from ..config import EngineConfig
 from ..core import EngineLimits, PreparedRow
 from ..errors import RowError
-from ..jobs import check_columns
-from ..jobs.answers import error_column
+from ..jobs import added_columns, check_columns
 from ..jobs.metrics import rows_text
 from ..jobs.tables import Table
 from ..tasks import Preview, Task, build_task
@@ -32,7 +31,7 @@ def show(request: Request, table: Table, tokenizer: Tokenizer) -> None:
     """Print the first prompts, the size of a sample, and what it says of the whole table."""
     console = Console(highlight=False)
     task = build_task(request.task, tokenizer, _limits(request, tokenizer), table.columns)
-    check_columns(table, task, (*task.columns, error_column(request.task.output_prefix)), request.run.label_column)
+    check_columns(table, task, added_columns(task, request.task.output_prefix), request.run.label_column)
     batch = next(table.read(0, [min(_SAMPLE_ROWS, table.num_rows)], task.placeholders))
     absent = dict.fromkeys(task.placeholders)
     prepared = task.prepare([{**absent, **row} for row in batch.rows])

@@ -2,5 +2,6 @@
 
 from .build import build_engine
 from .local import LocalEngine
+from .settings import plan_settings
 
-__all__ = ["LocalEngine", "build_engine"]
+__all__ = ["LocalEngine", "build_engine", "plan_settings"]

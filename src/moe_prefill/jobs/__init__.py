@@ -1,12 +1,15 @@
 """Jobs: a task over a table, window by window, resumable; free of torch."""
 
+from .answers import added_columns
 from .compare import Metrics, RankMetrics, SetMetrics, metrics_of
+from .config import JobConfig
 from .counts import Counts
 from .fingerprint import model_fingerprint
+from .manifest import Identity, known_identity
 from .merge import merge_shards
 from .metrics import ClassScore, LabelMetrics
 from .output import FileOutput, Output, StreamOutput, sidecar_path
-from .runner import JobConfig, Observer, Silent, check_columns, run_job
+from .runner import Observer, Silent, check_columns, run_job
 from .summary import Summary
 from .windows import Shard, Window, WindowSize, cut_windows
 
@@ -14,6 +17,7 @@ __all__ = [
     "ClassScore",
     "Counts",
     "FileOutput",
+    "Identity",
     "JobConfig",
     "LabelMetrics",
     "Metrics",
@@ -27,8 +31,10 @@ __all__ = [
     "Summary",
     "Window",
     "WindowSize",
+    "added_columns",
     "check_columns",
     "cut_windows",
+    "known_identity",
     "merge_shards",
     "metrics_of",
     "model_fingerprint",

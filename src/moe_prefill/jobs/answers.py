@@ -38,9 +38,9 @@ class Group:
         return list(chain.from_iterable(row.requests for row in self.prepared if isinstance(row, PreparedRow)))
 
 
-def error_column(prefix: str) -> Column:
-    """The column that every job adds after the task's own: null, or what went wrong with the row."""
-    return Column(name=f"{prefix}error", kind="string")
+def added_columns(task: Task, prefix: str) -> tuple[Column, ...]:
+    """The task's columns, and last the one that every job adds: null, or what went wrong with the row."""
+    return *task.columns, Column(name=f"{prefix}error", kind="string")
 
 
 def groups_of(window: Window, batch: Batch, task: Task, limits: EngineLimits) -> Iterator[Group]:

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import Column, ScoringEngine
+from ..core import ScoringEngine
 from ..errors import OutputError
-from .tables import Format, Table
-from .windows import Shard, Window, WindowSize
+from .answers import added_columns
+from .config import JobConfig
+from .tables import Table
+from .windows import MAX_WINDOW_ROWS, Window, WindowSize
 
 if TYPE_CHECKING:
     from ..tasks import Task
 
-FORMAT_VERSION = 1  # of parts, journal and manifest
+FORMAT_VERSION = 2  # of parts, journal and manifest
 Identity = dict[str, object]  # flat; values as JSON has them
 _DIGESTS = {
     "input.content": " (the rows)",
@@ -27,21 +29,12 @@ _DIGESTS = {
 }
 
 
-def job_identity(
-    table: Table,
-    task: Task,
-    engine: ScoringEngine,
-    *,
-    model: Mapping[str, str],
-    output_format: Format,
-    columns: Sequence[Column],
-    size: WindowSize,
-    windows: Sequence[Window],
-    shard: Shard,
-    label_column: str | None,
-    chat_date: str | None,
+def known_identity(
+    table: Table, task: Task, config: JobConfig, model: Mapping[str, str], settings: Mapping[str, object]
 ) -> Identity:
-    """Collect what a job's output depends on. ``model`` names the model and its tokenizer by content."""
+    """What a job's output depends on, as far as it is known before the engine is built. ``model`` names the model and
+    its tokenizer by content, ``settings`` are the engine's.
+    """
     names = [path.name for path in table.files]
     return {
         "version": FORMAT_VERSION,
@@ -54,18 +47,25 @@ def job_identity(
         "input.content": table.digest,
         "task.kind": task.name,
         "task.digest": task.digest,
-        "task.chat_date": chat_date,
+        "task.chat_date": config.chat_date,
+        **{f"engine.{name}": value for name, value in settings.items()},
+        **{f"model.{name}": value for name, value in model.items()},
+        "output.format": config.output_format,
+        "output.columns": [f"{column.name}: {column.kind}" for column in added_columns(task, config.prefix)],
+        "shard": str(config.shard),
+        "label_column": config.label_column,
+        "windows.rows": config.window_rows or MAX_WINDOW_ROWS,
+    }
+
+
+def planned_identity(engine: ScoringEngine, size: WindowSize, windows: Sequence[Window]) -> Identity:
+    """The rest, which the engine's plan decides."""
+    return {
         "engine.plan": engine.plan_digest,
         "engine.max_sweep_tokens": engine.limits.max_sweep_tokens,
         "engine.chunk_rows": engine.limits.chunk_rows,
-        **{f"model.{name}": value for name, value in model.items()},
-        "output.format": output_format,
-        "output.columns": [f"{column.name}: {column.kind}" for column in columns],
-        "windows.rows": size.rows,
         "windows.bytes": size.num_bytes,
         "windows.count": len(windows),
-        "shard": str(shard),
-        "label_column": label_column,
     }
 
 

@@ -105,13 +105,24 @@ class FileOutput:
 
     def recorded(self, name: str) -> object:
         """A field of the identity of the job that is resumed, or None where a job starts."""
+        return self._resumed().get(name)
+
+    def check(self, known: Identity) -> None:
+        """Refuse to resume another job by what is ``known`` of this one already. Raises OutputError."""
+        resumed = self._resumed()
+        if resumed:
+            where = self.parts.path if self.resuming else self.path
+            check_same_job(where, {name: resumed.get(name) for name in known}, known)
+
+    def _resumed(self) -> Identity:
+        """The identity of the job that is resumed; empty where a job starts."""
         if self.resuming:
-            return read_json(self.parts.manifest).get(name)
+            return read_json(self.parts.manifest)
         if self._finished_before and sidecar_path(self.path).exists():
             identity = read_json(sidecar_path(self.path))["identity"]
             assert isinstance(identity, dict)
-            return identity.get(name)
-        return None
+            return identity
+        return {}
 
     def begin(self, identity: Identity, writer: TableWriter, needed_bytes: int) -> dict[int, Counts]:
         self._writer, self._identity = writer, identity

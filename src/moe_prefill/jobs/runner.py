@@ -5,40 +5,24 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, TYPE_CHECKING, Protocol
 
 from ..core import AtomicResult, Column, ScoringEngine, StartingEngine
 from ..errors import InputError, UsageError
 from .ahead import one_ahead
-from .answers import Answers, Group, error_column, groups_of
+from .answers import Answers, Group, added_columns, groups_of
 from .compare import check_comparable, metrics_of
+from .config import JobConfig
 from .counts import Counts
-from .manifest import Identity, job_identity
+from .manifest import Identity, known_identity, planned_identity
 from .output import Output
 from .summary import Summary, since, snapshot
 from .tables import Batch, Format, Row, Table, TableWriter, open_writer
-from .windows import Shard, Window, WindowSize, cut_windows
+from .windows import Window, WindowSize, cut_windows
 
 if TYPE_CHECKING:
     from ..tasks import Task
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobConfig:
-    """How to run a job. ``window_rows`` None: chosen from the engine's plan. ``prefix`` goes before the error
-    column's name; the task prefixes its own columns. ``labels`` are the task's labels where it has fixed ones, for
-    the metrics. ``chat_date`` is the day that a chat template sees, recorded so that a resumed job sees the same.
-    """
-
-    output_format: Format
-    prefix: str = ""
-    shard: Shard = field(default_factory=Shard)
-    window_rows: int | None = None
-    label_column: str | None = None
-    chat_date: str | None = None
-    labels: tuple[str, ...] | None = None
 
 
 # A group, the number of its requests, and what waits for their answers.
@@ -73,18 +57,19 @@ def run_job(
     config: JobConfig,
     *,
     model: Mapping[str, str],
+    settings: Mapping[str, object] | None = None,
     output_name: str = "-",
     observer: Observer | None = None,
 ) -> Summary:
     """Answer every row of ``table`` and write it to ``output``.
 
-    ``model`` names the model and its tokenizer by content. Answers depend on the input, the task, the engine's plan and
-    the window size, never on timing. Raises InputError, UsageError or OutputError; a row that fails gets its error in
-    the error column.
+    ``model`` names the model and its tokenizer by content, ``settings`` are the engine's, as far as they were known
+    before it was built. Answers depend on the input, the task, the engine's plan and the window size, never on timing.
+    Raises InputError, UsageError or OutputError; a row that fails gets its error in the error column.
     """
     job = _Job(table, task, engine, output, config, observer or Silent())
     begin_s, start = time.monotonic(), snapshot(engine.stats)
-    resumed, counts = job.run(model)
+    resumed, counts = job.run(model, settings or {})
     return Summary(
         output=output_name,
         counts=counts,
@@ -104,8 +89,7 @@ class _Job:
     ) -> None:
         self.table, self.task, self.engine, self.output = table, task, engine, output
         self.config, self.observer = config, observer
-        self.error_column = error_column(config.prefix)
-        self.added = (*task.columns, self.error_column)
+        self.added = added_columns(task, config.prefix)
         check_columns(table, task, self.added, config.label_column)
         self.size = WindowSize.planned(engine.limits, config.window_rows)
         self.all_windows = cut_windows(table.marks, self.size)
@@ -113,11 +97,11 @@ class _Job:
         self.num_rows = sum(window.num_rows for window in self.windows)
         self.writer = open_writer(config.output_format, table, self.added)
 
-    def run(self, model: Mapping[str, str]) -> tuple[Counts, Counts]:
+    def run(self, model: Mapping[str, str], settings: Mapping[str, object]) -> tuple[Counts, Counts]:
         """Compute what is missing and finish the output; returns the counts of earlier runs and of all."""
         begin_s = time.monotonic()
         least = least_output_bytes(self.table, self.config.output_format) * self.num_rows // self.table.num_rows
-        done = self.output.begin(self._identity(model), self.writer, least)
+        done = self.output.begin(self._identity(model, settings), self.writer, least)
         resumed = Counts.total(done.values())
         counts = Counts.total([resumed])
         if not self.output.complete:
@@ -150,7 +134,7 @@ class _Job:
                 yield from groups_of(window, batch, self.task, self.engine.limits)
 
     def _answers(self) -> Answers:
-        return Answers(self.task, self.error_column.name, self.config.label_column)
+        return Answers(self.task, self.added[-1].name, self.config.label_column)
 
     def _needed(self) -> frozenset[str] | None:
         """The columns whose Python values are needed: all for a text format."""
@@ -159,20 +143,9 @@ class _Job:
         label = self.config.label_column
         return frozenset(self.task.placeholders | ({label} if label else set()))
 
-    def _identity(self, model: Mapping[str, str]) -> Identity:
-        return job_identity(
-            self.table,
-            self.task,
-            self.engine,
-            model=model,
-            output_format=self.config.output_format,
-            columns=self.added,
-            size=self.size,
-            windows=self.all_windows,
-            shard=self.config.shard,
-            label_column=self.config.label_column,
-            chat_date=self.config.chat_date,
-        )
+    def _identity(self, model: Mapping[str, str], settings: Mapping[str, object]) -> Identity:
+        known = known_identity(self.table, self.task, self.config, model, settings)
+        return known | planned_identity(self.engine, self.size, self.all_windows)
 
 
 def _started(groups: Iterable[Group], engine: ScoringEngine) -> Iterator[_Started]:
