@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import tempfile
 import threading
 import time
 from concurrent.futures import CancelledError
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,24 +16,13 @@ from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest, AtomicResult
 from moe_prefill.errors import Overloaded, PlanError, RowError, UsageError, WorkerError
 from moe_prefill.frontend import POLICIES
-from moe_prefill.workers import Patience, RoutedEngine, Routing, group
+from moe_prefill.workers import Patience, RoutedEngine, Routing
 from moe_prefill.workers.routed import Reply
 from tests.workers.fake_worker import answer
 from tests.workers.helpers import harm, wait_for, workers
 
-ROOT = Path(__file__).resolve().parents[2]
 POISON = 999
-
-
-@pytest.fixture(autouse=True)
-def fake_workers(monkeypatch, tmp_path):
-    monkeypatch.setattr(group, "WORKER", "tests.workers.fake_worker")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = os.listdir("/proc/self/fd")
-    yield
-    assert workers() == []
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+pytestmark = pytest.mark.usefixtures("fake_workers")
 
 
 def engine_of(size: int, routing: Routing | None = None, patience: Patience | None = None, **facts) -> RoutedEngine:
