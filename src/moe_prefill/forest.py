@@ -212,17 +212,17 @@ def shared_tokens(sequences: Sequence[Int32Array], rule: SharingRule, salts: Seq
     return _packed(sequences, rule, salts)[1].rows
 
 
-def own_begins(lengths: Sequence[int], shared: Sequence[int], rule: SharingRule) -> Int64Array:
-    """Where each of sorted requests begins to add tokens to their forest, [R]: what lies before is computed for an
-    earlier one. ``shared``: length of the prefix that each has in common with the one before it.
+def own_tokens(lengths: Sequence[int], shared: Sequence[int], rule: SharingRule) -> Int64Array:
+    """How many tokens each of sorted requests adds to their forest, [R]: the others are computed for another one.
+    ``shared``: length of the prefix that each has in common with the one before it.
     """
-    begins = np.asarray(lengths, np.int64)
     if not rule.share:
-        return np.zeros_like(begins)
+        return np.asarray(lengths, np.int64)
     packer = _Packer(rule, list(lengths))
     packer.walk(_trie(list(lengths), list(shared)))
-    np.minimum.at(begins, packer.source, packer.begin)
-    return begins
+    added = np.zeros(len(lengths), np.int64)
+    np.add.at(added, packer.source, np.asarray(packer.end) - np.asarray(packer.begin))
+    return added
 
 
 def _packed(

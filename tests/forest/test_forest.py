@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_prefill.forest import SHARE_EVERYTHING, SHARE_NOTHING, Forest, SharingRule, build_forest
+from moe_prefill.forest import (
+    SHARE_EVERYTHING,
+    SHARE_NOTHING,
+    Forest,
+    SharingRule,
+    build_forest,
+    common_prefixes,
+    own_tokens,
+    sort_requests,
+)
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 BATCHES = st.lists(st.tuples(TOKENS, st.sampled_from(["", "tenant"])), min_size=1, max_size=24)
@@ -44,6 +53,16 @@ def test_forced_sharing_computes_each_distinct_prefix_once(batch):
     forest = build_forest(sequences, SHARE_EVERYTHING, salts)
     distinct = {(salt, tuple(s[: n + 1])) for s, salt in zip(sequences, salts, strict=True) for n in range(len(s))}
     assert forest.num_tokens == len(distinct)
+
+
+@given(BATCHES, RULES)
+def test_what_requests_add_is_the_whole_forest(batch, rule):
+    sequences, _ = arrays(batch)
+    order = sort_requests(sequences)
+    lengths = [len(sequences[index]) for index in order]
+    own = own_tokens(lengths, common_prefixes(sequences, order), rule)
+    assert own.sum() == build_forest(sequences, rule).num_tokens
+    assert (own <= lengths).all()
 
 
 @given(BATCHES, RULES)

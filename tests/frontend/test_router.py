@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from moe_prefill.blocks import BlockChange, BlockEvents
+from moe_prefill.costmodel import Batch, batch_flops
 from moe_prefill.errors import Overloaded, RowError
+from moe_prefill.forest import SHARE_NOTHING
 from moe_prefill.frontend import POLICIES, Admission, Extensions, Frontend, Limits, LookAhead, Ours, ShortestFirst
 from moe_prefill.frontend import make_policy as make
-from tests.frontend.helpers import families, machine, rng_tokens, ticket, tickets
+from tests.frontend.helpers import RULE, families, machine, rng_tokens, ticket, tickets
 
 RNG = np.random.default_rng(1)
 
@@ -22,6 +24,10 @@ def submit_all(front, made):
     for each in made:
         front.submit(each)
     front.route()
+
+
+def tickets_from(first, sequences):
+    return [ticket(sequence, first + place) for place, sequence in enumerate(sequences)]
 
 
 def owners(front):
@@ -186,6 +192,82 @@ def test_salted_tenants_never_share():
     alone = machine().costs.of(made[0], 0).flops
     assert front.workers[0].load.flops == 4 * alone
     assert front.next_sweep(0, np.inf).forest.num_tokens == 800
+
+
+def test_what_is_booked_is_what_the_forest_of_the_sweep_computes():
+    """Families of every size behind prefixes of every length, in the order of the queue: some do not pay, and the first
+    ones of a family are booked before it is known that it does.
+    """
+    rng = np.random.default_rng(6)
+    sequences = [
+        each for prefix in (16, 32, 64) for members in (2, 3, 8) for each in families(rng, 1, members, prefix, 40)
+    ]
+    made = tickets(sequences)
+    front = frontend("ours", workers=1)
+    for each in made:
+        front.submit(each)
+    front.route()
+    booked = front.workers[0].load.flops
+    sweep = front.next_sweep(0, np.inf)
+    assert front.queued == 0
+    assert len(sweep.tickets) == len(made)
+    computed = batch_flops(machine().spec, Batch.from_requests([t.request for t in made], [""] * len(made), RULE, 97))
+    shared = sum(machine().costs.of(each, each.usable_blocks * 16).flops for each in made)
+    assert booked == pytest.approx(computed, rel=0.05)
+    assert shared < 0.95 * computed, "the longest match says too little"
+
+
+def test_what_is_left_in_the_queue_is_predicted_after_sharing():
+    it = machine()
+    made = tickets(families(np.random.default_rng(7), 6, 5, 96, 20) + families(np.random.default_rng(8), 6, 2, 16, 40))
+    queue = LookAhead(it.costs)
+    for each in made:
+        queue.push(each)
+    queue.peek()
+    forest = Batch.from_requests([t.request for t in made], [""] * len(made), RULE, 97)
+    alone = Batch.from_requests([t.request for t in made], [""] * len(made), SHARE_NOTHING, 97)
+    expected = forest.num_tokens / alone.num_tokens * sum(it.costs.of(each, 0).ns for each in made)
+    assert queue.remaining_ns == pytest.approx(expected, rel=0.02)
+
+
+def test_a_worker_that_would_be_late_is_passed_over_even_if_only_it_has_room():
+    """Attention makes long requests slower than their FLOPs say. Worker 0 has one, and is below the bound that the
+    others have reached; what is left waits for those, unless worker 0 has nothing at all.
+    """
+    long, rng = ticket(rng_tokens(RNG, 1800), 0), np.random.default_rng(9)
+    it = machine()
+    limits = Limits(saturated=1, full=it.costs.of(long, 0).flops + 1)
+    front = frontend("ours", workers=2, limits=limits)
+    slow = front.workers[0]
+    submit_all(front, [long])
+    slow.load.ns *= 100
+    submit_all(front, tickets_from(1, [rng_tokens(rng, 100) for _ in range(60)]))
+    assert owners(front)[0] == 0
+    assert len(slow.waiting) == 1
+    assert front.queued > 0
+    front.next_sweep(0, np.inf)
+    slow.load.ns //= 100
+    front.finished(0)
+    front.route()
+    assert len(slow.waiting) > 0
+
+
+def test_what_a_running_sweep_will_not_store_attracts_nobody():
+    prefix = rng_tokens(RNG, 320)
+    twins = [ticket(np.append(prefix, [2 + id]), id) for id in range(4)]
+    for kv_blocks, expected in ((0, {0}), (16, {0}), (200, {0, 20})):
+        front = frontend("ours", workers=1, kv_blocks=kv_blocks)
+        submit_all(front, twins[:1])
+        front.next_sweep(0, np.inf)
+        table = front.workers[0].table
+        assert table.match(twins[1].chain, 20) in expected, "one-off blocks: all of them, or none"
+        assert (table.match(twins[1].chain, 20) > 0) == (kv_blocks == 200)
+        front.finished(0)
+        assert not table.pending
+    front = frontend("ours", workers=1, kv_blocks=16)
+    submit_all(front, twins[:2])
+    front.next_sweep(0, np.inf)
+    assert front.workers[0].table.match(twins[2].chain, 20) == 16, "as much of what is shared as the pool holds"
 
 
 def test_the_limits_are_flops_of_one_worker():

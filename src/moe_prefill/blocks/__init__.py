@@ -4,7 +4,7 @@ what the pool holds. Torch-free; shared by the frontend and the workers.
 
 from .events import BlockChange, BlockEvents
 from .hashes import BLOCK_TOKENS, BlockHasher, Chain, Digest, common_blocks, held_blocks
-from .pool import BlockPool
+from .pool import BlockPool, kept_blocks
 from .sweep import HashedSweep, sibling_blocks, usable_blocks
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "HashedSweep",
     "common_blocks",
     "held_blocks",
+    "kept_blocks",
     "sibling_blocks",
     "usable_blocks",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from .events import BlockChange, BlockEvents, ChangeKind
 from .hashes import Chain, Digest, held_blocks
@@ -65,12 +66,7 @@ class BlockPool:
         """Take in what a sweep computed and may be asked for again; returns the new blocks, whose slots are to be
         filled. ``chains``: of its requests; ``shared`` of each: how many leading blocks another request promised too.
         """
-        wanted = _closed(zip(chains, shared, strict=True), {})
-        num_shared = len(wanted)
-        with_all = _closed(((chain, len(chain)) for chain in chains), dict(wanted))
-        if len(with_all) - num_shared <= self.capacity // _ONE_OFF_SHARE:
-            wanted = with_all
-        kept = list(wanted)[: self.capacity]
+        kept = list(kept_blocks(chains, shared, self.capacity))
         kept.reverse()  # the least wanted first, and every block behind the ones that continue it
         new = [digest for digest in kept if digest not in self._slots]
         new = new[len(new) - self._make_room(len(new), set(kept)) :]
@@ -132,6 +128,19 @@ class BlockPool:
         self._changed += len(digests)
         if self._changed > _UNTAKEN * max(self.capacity, 256):
             self._changes, self._unheard = [], True
+
+
+def kept_blocks(chains: Sequence[Chain], shared: Sequence[int], capacity: int) -> dict[Digest, None]:
+    """The blocks of a sweep that a pool of ``capacity`` slots takes in, the most wanted first, each behind those that
+    it continues. ``chains`` and ``shared`` as for ``BlockPool.store``.
+    """
+    if not capacity:
+        return {}
+    wanted = _closed(zip(chains, shared, strict=True), {})
+    with_all = _closed(((chain, len(chain)) for chain in chains), dict(wanted))
+    if len(with_all) - len(wanted) <= capacity // _ONE_OFF_SHARE:
+        wanted = with_all
+    return dict.fromkeys(islice(wanted, capacity))
 
 
 def _closed(prefixes: Iterable[tuple[Chain, int]], found: dict[Digest, None]) -> dict[Digest, None]:

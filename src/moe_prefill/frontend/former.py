@@ -18,7 +18,8 @@ _MAX_PASSED_OVER = 16  # groups that do not fit any more, before a sweep counts 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepBounds:
     """``max_tokens``: of a sweep's forest, from the memory plan. ``max_s``: predicted seconds, or None. A sweep of
-    less than ``least_flops`` (T) waits until its oldest request has waited for ``max_wait_s``.
+    less than ``least_flops`` (T) waits until its oldest request has waited for ``max_wait_s``. ``kv_blocks``: slots of
+    the worker's pool.
     """
 
     rule: SharingRule
@@ -26,6 +27,7 @@ class SweepBounds:
     least_flops: int
     max_s: float | None = None
     max_wait_s: float = 0.0
+    kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -7,9 +7,10 @@ owns it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..blocks import BLOCK_TOKENS, BlockEvents
+from ..blocks import BLOCK_TOKENS, BlockEvents, Chain, held_blocks, kept_blocks
 from ..errors import Overloaded, RowError
 from .costs import RequestCosts
 from .former import FormedSweep, SweepBounds, WaitingRoom
@@ -42,6 +43,7 @@ class Frontend:
         self._alive = list(self.workers)
         self._worker_of_sweep: dict[int, Worker] = {}
         self._tickets: dict[int, Ticket] = {}  # given to a worker and not finished
+        self._stored: dict[int, int] = {}  # blocks that the pool will have, by request of a sweep that was formed
         self._cancelled: set[int] = set()  # of the queue
         self._next_sweep = 0
 
@@ -121,6 +123,7 @@ class Frontend:
         worker.load.start(number, [ticket.id for ticket in tickets])
         self._worker_of_sweep[number] = worker
         shared = [worker.table.wanted_by_others(ticket.chain) for ticket in tickets]
+        self._promise_less(worker, tickets, shared)
         return FormedSweep(number=number, tickets=tickets, shared_blocks=shared, forest=forest)
 
     def wakes_at(self, index: int) -> float:
@@ -129,6 +132,10 @@ class Frontend:
         if worker.load.waiting_flops >= self.bounds.least_flops:
             return 0.0
         return worker.waiting.oldest().arrival_s + self.bounds.max_wait_s
+
+    def promised(self, ticket: Ticket) -> Chain:
+        """The blocks that a request given to a worker and not finished promises there."""
+        return ticket.chain[: self._stored.get(ticket.id, len(ticket.chain))]
 
     def progress(self, number: int, done: int, of: int) -> None:
         """``done`` of the ``of`` layers of a sweep are computed."""
@@ -141,7 +148,8 @@ class Frontend:
             worker.table.apply(events)
         tickets = [self._tickets.pop(id) for id in worker.load.finish(number)]
         for ticket in tickets:
-            worker.table.forget(ticket.chain)
+            worker.table.forget(self.promised(ticket))
+            del self._stored[ticket.id]
         return tickets
 
     def lost(self, index: int) -> int:
@@ -152,7 +160,8 @@ class Frontend:
         unfinished = sorted((t for id, t in self._tickets.items() if worker.load.has(id)), key=lambda t: t.id)
         for ticket in unfinished:
             del self._tickets[ticket.id]
-            worker.table.forget(ticket.chain)
+            worker.table.forget(self.promised(ticket))
+            self._stored.pop(ticket.id, None)
         worker.load, worker.waiting = Load(), WaitingRoom()
         worker.table.restart(worker.table.generation)
         worker.alive = False
@@ -175,3 +184,11 @@ class Frontend:
         worker.table.promise(ticket.chain)
         worker.waiting.add(ticket)
         self._tickets[ticket.id] = ticket
+
+    def _promise_less(self, worker: Worker, tickets: Sequence[Ticket], shared: Sequence[int]) -> None:
+        """What the pool will not take in of a sweep is of no use to those who come now."""
+        kept = kept_blocks([ticket.chain for ticket in tickets], shared, self.bounds.kv_blocks)
+        for ticket in tickets:
+            stored = held_blocks(ticket.chain, len(ticket.chain), kept)
+            worker.table.forget(ticket.chain[stored:])
+            self._stored[ticket.id] = stored

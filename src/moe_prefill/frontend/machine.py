@@ -60,6 +60,7 @@ class Machine:
             least_flops=self.limits.saturated,
             max_s=self.max_sweep_s,
             max_wait_s=self.max_wait_s,
+            kv_blocks=self.kv_blocks,
         )
 
     @property

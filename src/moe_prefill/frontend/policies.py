@@ -183,7 +183,8 @@ class Extensions:
     ``look_ahead``: siblings in the queue are brought together; ``long_first``: groups with long requests first.
     ``memory_bound``: a worker takes work up to ``Limits.full`` instead of T. ``together``: where it has a prefix it may
     go beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``:
-    a worker that would be done later than all workers on average is passed over, even where it has the prefix.
+    a worker that would be done later than all workers on average is passed over, even where it has the prefix; and
+    where all that are below their bound would, the request waits for one that is done sooner, unless one of them idles.
     """
 
     look_ahead: bool = True
@@ -210,14 +211,17 @@ class Ours:
         self.limit(limits)
 
     def choose(self, ticket: Ticket, workers: Sequence[Worker]) -> Worker | None:
-        options = self._options(ticket, workers)
+        everyone = self._options(ticket, workers)
+        options = [option for option in everyone if option.may_have_it]
         if not options:
             return None
         if self.extensions.spill:
             done_ns = (sum(w.load.ns for w in workers) + self.queue.remaining_ns) / len(workers)
             in_time = [option for option in options if option.done_ns <= done_ns]
             if not in_time:
-                return min(options, key=lambda option: option.done_ns).worker
+                is_idle = any(option.worker.load.idle for option in options)
+                first = min(options if is_idle else everyone, key=lambda option: option.done_ns)
+                return first.worker if first.may_have_it else None
             options = in_time
         most = max(option.blocks for option in options)
         return min((o for o in options if o.blocks == most), key=lambda option: option.done_ns).worker
@@ -229,7 +233,7 @@ class Ours:
         self._limit = limits.full if self.extensions.memory_bound else limits.saturated
 
     def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
-        """Those who may take it."""
+        """What each worker would make of it."""
         costs: dict[int, Cost] = {}
         options = []
         for worker in workers:
@@ -238,18 +242,21 @@ class Ours:
             for begin in {0, blocks, spared} - costs.keys():
                 costs[begin] = self._costs.of(ticket, BLOCK_TOKENS * begin)
             saved = costs[0].flops - costs[blocks].flops
-            if worker.load.flops < self._limit + self.extensions.together * saved:
-                options.append(_Option(worker, blocks, worker.load.ns + costs[spared].ns))
+            may_have_it = worker.load.flops < self._limit + self.extensions.together * saved
+            options.append(_Option(worker, blocks, worker.load.ns + costs[spared].ns, may_have_it))
         return options
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """``blocks`` that ``worker`` has; ``done_ns``: predicted time until it has done everything and this request."""
+    """``blocks`` that ``worker`` has; ``done_ns``: predicted time until it has done everything and this request;
+    ``may_have_it``: it is below its bound.
+    """
 
     worker: Worker
     blocks: int
     done_ns: int
+    may_have_it: bool
 
 
 def _blocks(worker: Worker, ticket: Ticket) -> int:

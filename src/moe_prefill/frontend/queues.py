@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..blocks import BLOCK_TOKENS
-from ..forest import own_begins
+from ..forest import own_tokens
 from .costs import RequestCosts
 from .siblings import SIBLING_BLOCKS, Siblings
 from .ticket import Ticket
@@ -110,10 +110,12 @@ class LookAhead:
         order = list(siblings.in_order())
         lengths, shared = [ticket.num_tokens for ticket, _ in order], [BLOCK_TOKENS * blocks for _, blocks in order]
         groups: list[list[tuple[Ticket, int]]] = []
-        for (ticket, blocks), begin in zip(order, own_begins(lengths, shared, self._costs.rule).tolist(), strict=True):
+        own = own_tokens(lengths, shared, self._costs.rule).tolist()
+        for (ticket, blocks), tokens in zip(order, own, strict=True):
             if blocks < SIBLING_BLOCKS:
                 groups.append([])
-            groups[-1].append((ticket, self._costs.of(ticket, min(begin, BLOCK_TOKENS * ticket.usable_blocks)).ns))
+            begin = min(ticket.num_tokens - tokens, BLOCK_TOKENS * ticket.usable_blocks)
+            groups[-1].append((ticket, self._costs.of(ticket, begin).ns))
         if self._long_first:
             groups.sort(key=lambda group: (-max(cost_ns for _, cost_ns in group), min(t.id for t, _ in group)))
         else:

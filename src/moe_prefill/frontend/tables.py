@@ -17,8 +17,9 @@ class PrefixTable:
     """``committed``: the blocks of the worker's pool, least recent first, by its events. ``pending``: blocks that the
     worker's unfinished requests promise, with how many of them do.
 
-    A block is promised when its request is routed and no longer when that request is finished or taken away; by then
-    the worker's events have put it into ``committed`` if it was stored. What does not fit in the events is counted in
+    A block is promised when its request is routed, and no longer when that request is finished or taken away, or when
+    it is part of a sweep and the pool will not store the block; by the end of the sweep the worker's events have put
+    what was stored into ``committed``. What does not fit in the events is counted in
     ``oddities`` under its name, logged, and changes nothing else.
     """
 
