@@ -96,21 +96,18 @@ def attention(
     causal: bool,
     window: int | None = None,
     scale: float,
-    need_lse: bool | np.ndarray = True,
+    need_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
 
     ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself
-    included. ``need_lse`` may say so for each entry: the log-sum-exp of others is the true one or zero, which merges
-    with (0, -inf) alike. Where nobody needs it, it may be left unset, or be +inf for queries without keys.
+    included. Without ``need_lse`` the log-sum-exp may be left unset, or be +inf for queries without keys.
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
     if is_legal(q_QHd):
-        how = bool(np.any(need_lse))
-        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=how)
-    needed = np.broadcast_to(need_lse, len(spans.cu_q) - 1)
-    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=needed)
+        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
+    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
 
 
 def _by_shape(
@@ -122,7 +119,7 @@ def _by_shape(
     causal: bool,
     window: int | None,
     scale: float,
-    need_lse: np.ndarray,
+    need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Large entries go through blocks of rows; of the others, those of equal shape share one batched call."""
     out = torch.zeros_like(q)
@@ -136,13 +133,11 @@ def _by_shape(
             k[keys],
             v[keys],
             out[rows],
-            lse[rows] if need_lse[entry] else None,
+            lse[rows] if need_lse else None,
             causal=causal,
             window=window,
             scale=scale,
         )
-        if not need_lse[entry]:
-            lse[rows] = 0.0
     shapes = np.where(blocked, 0, num_q.astype(np.int64) << 32 | num_k)
     for shape in np.unique(shapes):
         entries = np.flatnonzero(shapes == shape)
@@ -179,66 +174,32 @@ def _row_blocks(
     window: int | None,
     scale: float,
 ) -> None:
-    """One entry, a block of rows at a time against just the keys that it sees, scores in the cache.
+    """One entry in float32, a block of rows at a time against just the keys that it sees, scores in the cache.
 
-    The query heads of a key/value head are rows of one product, so keys are neither repeated nor copied. Scores and
-    their softmax are float32; weights are rounded to the dtype of the values for their product, as on a GPU.
+    The query heads of a key/value head are rows of one product, so keys are neither repeated nor copied.
     """
     num_q, num_k, kv_heads, dim = len(q), len(k), k.shape[1], q.shape[2]
-    groups, shift = q.shape[1] // kv_heads, num_k - num_q if causal else 0
-    step = _block_rows(groups * num_k)
-    queries, out_heads = (t.view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3) for t in (q, out))
-    keys, values = k.float().permute(1, 2, 0), _padded(v, step).transpose(0, 1)
-    # A block ends at a multiple of its size, counted in keys: so the products with values come in few shapes.
-    edges = [0, *range(step - shift % step, num_q, step), num_q]
-    for low, high in itertools.pairwise(edges):
-        first = 0 if window is None else max(0, low + shift - window + 1) // step * step
+    groups, shift = q.shape[1] // kv_heads, len(k) - len(q)
+    queries = (q.float() * scale).view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    out_heads = out.view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
+    step = max(16, min(64, _BLOCK_SCORES // (groups * num_k) // 16 * 16))
+    for low in range(0, num_q, step):
+        high = min(low + step, num_q)
+        first = 0 if window is None else max(0, low + shift - window + 1)
         last = high + shift if causal else num_k
-        shape = (kv_heads, groups, high - low)
-        rows = q.new_empty(*shape, dim, dtype=torch.float32).copy_(queries[:, :, low:high]).view(kv_heads, -1, dim)
-        scores = torch.baddbmm(rows.new_empty(()), rows, keys[:, :, first:last], beta=0, alpha=scale)
+        rows = queries[:, :, low:high].reshape(kv_heads, -1, dim)
+        scores = torch.bmm(rows, keys[:, :, first:last])
         if causal:
             mask = _cached_mask(high - low, last - first, window)
-            scores.view(*shape, -1)[..., -mask.shape[1] :].add_(mask)
-        highest = scores.amax(-1) if lse is not None else None
-        weights = torch.softmax(scores, -1, out=scores)
-        if lse is not None and highest is not None:
+            scores.view(kv_heads, groups, high - low, -1)[..., -mask.shape[1] :].add_(mask)
+        weights = scores.softmax(-1)
+        if lse is not None:
             # The largest weight is exp(largest score - lse): cheaper than exponentials of our own.
-            found = highest.sub_(weights.amax(-1).log_()).view(shape)
+            found = scores.amax(-1).sub_(weights.amax(-1).log_()).view(kv_heads, groups, high - low)
             lse[low:high].view(-1, kv_heads, groups).copy_(found.permute(2, 0, 1))
-        mixed = _weighted_sum(weights, values, first, step)
-        out_heads[:, :, low:high].copy_(mixed.view(*shape, dim))
-
-
-def _block_rows(row_scores: int) -> int:
-    """Rows of a block whose scores stay in the cache: 64, 32 or 16."""
-    return next((rows for rows in (64, 32) if rows * row_scores <= _BLOCK_SCORES), 16)
-
-
-def _padded(v: torch.Tensor, step: int) -> torch.Tensor:
-    """Values with zeros behind them up to a multiple of ``step`` rows, where they are not float32."""
-    if v.dtype == torch.float32:
-        return v
-    padded = v.new_empty(-(-len(v) // step) * step, *v.shape[1:])
-    padded[: len(v)] = v
-    padded[len(v) :] = 0
-    return padded
-
-
-def _weighted_sum(weights: torch.Tensor, values: torch.Tensor, first: int, step: int) -> torch.Tensor:
-    """``weights`` [G, n, K] float32 times the K values [G, all, d] from ``first`` on.
-
-    Narrow values are multiplied in their own dtype, padded to a multiple of ``step``: the CPU's bfloat16 product is
-    compiled for each number of keys.
-    """
-    num_keys = weights.shape[2]
-    if values.dtype == torch.float32:
-        return torch.bmm(weights, values[:, first : first + num_keys])
-    width = -(-num_keys // step) * step
-    narrow = weights.new_empty(*weights.shape[:2], width, dtype=values.dtype)
-    narrow[..., :num_keys] = weights
-    narrow[..., num_keys:] = 0
-    return torch.bmm(narrow, values[:, first : first + width])
+        mixed = torch.bmm(weights, values[:, first:last])
+        out_heads[:, :, low:high].copy_(mixed.view(kv_heads, groups, high - low, dim))
 
 
 @functools.lru_cache(maxsize=512)
