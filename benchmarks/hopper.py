@@ -3,13 +3,16 @@ predicted figures, and beside vLLM and transformers.
 
     python benchmarks/hopper.py --parts 30b-bf16,30b-fp8 --out benchmarks/results/hopper.json
 
-Each part is a process of its own and fits in ten minutes. The result file keeps the cells of other parts. Dummy
-weights, no sharing unless a cell says so, one candidate set a request; the last layer runs in full.
+First the machine is calibrated for the shapes of each model (under a minute; ``--profile`` names an earlier result,
+``--estimated`` leaves it out), and the predictions beside the measurements come from that; the profile is kept beside
+the results. Each part is a process of its own and fits in ten minutes. The result file keeps the cells of other parts.
+Dummy weights, no sharing unless a cell says so, one candidate set a request; the last layer runs in full.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -51,7 +54,7 @@ PARTS = {
 PEERS = {"peers-bf16": ("vllm", "transformers"), "peers-fp8": ("vllm",)}
 
 
-def tuned(part: str, options: argparse.Namespace) -> Job:
+def tuned(part: str, options: argparse.Namespace, profile: Path | None) -> Job:
     """A part's job with what the command line says of all parts."""
     found = PARTS[part]
     config = found.config
@@ -69,9 +72,27 @@ def tuned(part: str, options: argparse.Namespace) -> Job:
         config=config,
         cells=cells,
         seconds=options.seconds,
-        profile=options.profile,
+        profile=profile and str(profile),
         breakdown=not options.no_breakdown,
     )
+
+
+def calibrated(part: str, options: argparse.Namespace, gpu: str) -> Path | None:
+    """A profile of this machine at the shapes and in the precision of a part, measured unless there is one of today's
+    run.
+    """
+    job = PARTS[part]
+    if options.profile or options.estimated:
+        return options.profile
+    path: Path = options.out.with_name(f"profile_{gpu}_{job.name}_{job.precision}.json".replace(" ", "_").lower())
+    if path not in options.measured:
+        start = time.perf_counter()
+        command = ["calibrate", "--model", job.config.model, "--dtype", job.config.dtype, "--output", str(path)]
+        command += ["--quantization", "fp8"] if job.precision == "fp8" else []
+        subprocess.run([sys.executable, "-m", "moe_prefill.cli", *command], check=True, timeout=300)
+        options.measured.append(path)
+        print(f"calibrated {job.name} {job.precision}: {time.perf_counter() - start:.0f} s, {path}", flush=True)
+    return path
 
 
 def show(cell: dict[str, Any]) -> None:
@@ -89,7 +110,8 @@ def show(cell: dict[str, Any]) -> None:
 
 
 def run_part(part: str, options: argparse.Namespace, head: dict[str, Any]) -> None:
-    start, mine = time.perf_counter(), tuned(part, options)
+    profile = calibrated(part, options, head["gpu"])
+    start, mine = time.perf_counter(), tuned(part, options, profile)
     cells = run_side("ours", mine)
     save_report(options.out, head, cells, append=True)
     for peer in PEERS.get(part, ()):
@@ -111,11 +133,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=None, help="depth of the parts that are cut short")
     parser.add_argument("--skew", type=float, default=None, help="max/min load of experts; default: balanced")
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--profile", default=None, help="rates of this machine, for predictions")
+    parser.add_argument("--profile", type=Path, default=None, help="rates of this machine, for predictions")
+    parser.add_argument("--estimated", action="store_true", help="predict from the datasheet, without calibrating")
     parser.add_argument("--peer-site", default=None, help="a folder of packages that holds the peer")
     parser.add_argument("--no-breakdown", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hopper.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.measured = []  # profiles of this run
+    return options
 
 
 def main() -> None:

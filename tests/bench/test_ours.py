@@ -7,6 +7,7 @@ from moe_prefill.bench.job import long_enough, raw_config
 from moe_prefill.cli import main
 from moe_prefill.config import EngineConfig
 from moe_prefill.errors import OutputError, UsageError, WorkerError
+from tests.checkpoint.float8_models import save
 
 HEAD = {"gpu": "cpu", "date": "2026-01-01", "command": "x", "git": "0", "torch": "2"}
 
@@ -30,6 +31,17 @@ def test_cells_have_the_keys_of_result_files(tiny_model):
     assert {operation for operation, _, _ in plain["breakdown"]["kernels"]} >= {"attention", "experts"}
     assert (sharing["siblings"], sharing["tail"], sharing["tokens"]) == (4, 8, 136)
     assert sharing["requests"] % 4 == 0
+
+
+def test_a_model_published_in_float8_is_named_so(tmp_path):
+    save(tmp_path / "blocks")
+    for settings, precision in (({}, "fp8"), ({"dtype": "auto"}, "fp8")):
+        assert job_of(str(tmp_path / "blocks"), ("32",), **settings).precision == precision
+    wide = str(tmp_path / "blocks" / "reference")
+    named = {dtype: job_of(wide, ("32",), dtype=dtype).precision for dtype in ("auto", "float32", "bfloat16")}
+    assert named == {"auto": "fp32", "float32": "fp32", "bfloat16": "bf16"}
+    (cell,) = run_ours(job_of(str(tmp_path / "blocks"), ("32",)))
+    assert cell["precision"] == "fp8"
 
 
 def test_a_cell_longer_than_the_sweep_is_refused(tiny_model):

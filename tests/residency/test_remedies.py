@@ -82,8 +82,8 @@ def test_without_room_the_plan_stays():
 def test_a_resident_bank_is_cheaper_than_a_buffer():
     """A smaller sweep leaves room for one, and hides the other banks; the rule alone would take the larger sweep."""
     spec = shortened(48)
-    predict = predictions(spec, with_host_link(60e9), bank_dtype="bfloat16")
-    budget = Budget(device_bytes=int(11.4 * GIB), host_bytes=128 * GIB)
+    predict = predictions(spec, with_host_link(70e9), bank_dtype="bfloat16")
+    budget = Budget(device_bytes=int(9.35 * GIB), host_bytes=128 * GIB)
     before, after = (
         plan_residency(spec, budget, dtype="bfloat16", bank_dtype="bfloat16", predict=each) for each in (None, predict)
     )

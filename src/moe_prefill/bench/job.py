@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint import read_config, resolve_directory
 from ..config import EngineConfig
-from ..models import preset, preset_names
+from ..models import preset, preset_names, spec_from_hf
 from .cells import Cell, parse_cells
 
 
@@ -36,8 +36,12 @@ class Job:
 
     @property
     def precision(self) -> str:
-        """As result files name it."""
-        return "fp8" if self.config.quantization == "fp8" else {"float32": "fp32"}.get(self.config.dtype, "bf16")
+        """As result files name it: of the experts' products, and so of models that are published in float8, too."""
+        spec = spec_from_hf(raw_config(self.config))
+        if self.config.quantization == "fp8" or spec.float8_blocks:
+            return "fp8"
+        dtype = spec.dtype if self.config.dtype == "auto" else self.config.dtype
+        return {"float32": "fp32"}.get(dtype, "bf16")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
