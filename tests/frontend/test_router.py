@@ -117,6 +117,19 @@ def test_long_requests_come_first_and_an_epoch_ends_before_the_next():
     assert queue.remaining_ns == 0
 
 
+def test_what_a_pool_holds_comes_before_what_would_push_it_out():
+    front = frontend("ours")
+    held, other = (ticket(rng_tokens(RNG, n), id) for id, n in enumerate((100, 300)))
+    stored = BlockChange("stored", held.chain[:4])
+    front.workers[1].table.apply(BlockEvents(worker=1, generation=0, number=0, changes=(stored,)))
+    for held_first, first in ((True, [held, other]), (False, [other, held])):
+        queue = LookAhead(machine().costs, held_first=held_first)
+        queue.push(held)
+        queue.push(other)
+        queue.peek(front.workers)
+        assert [queue.pop(), queue.pop()] == first
+
+
 def test_the_shortest_comes_first_and_a_sibling_of_a_taken_one_is_short():
     it = machine()
     queue = ShortestFirst(it.costs)

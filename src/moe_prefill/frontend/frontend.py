@@ -83,10 +83,11 @@ class Frontend:
         """One round: give out what the policy lets go; returns how many requests."""
         queue, given = self.policy.queue, 0
         while len(queue) and self._alive:
-            if queue.peek().id in self._cancelled:
+            ticket = queue.peek(self._alive)
+            if ticket.id in self._cancelled:
                 self._cancelled.remove(queue.pop().id)
                 continue
-            worker = self.policy.choose(queue.peek(), self._alive)
+            worker = self.policy.choose(ticket, self._alive)
             if worker is None:
                 break
             self._give(queue.pop(), worker)

@@ -180,7 +180,8 @@ class ShortestPrefill:
 class Extensions:
     """What goes beyond the paper's rule; each can be switched off.
 
-    ``look_ahead``: siblings in the queue are brought together; ``long_first``: groups with long requests first.
+    ``look_ahead``: siblings in the queue are brought together; with it, ``long_first``: groups with long requests
+    first; ``held_first``: before them those whose prefix a pool has.
     ``memory_bound``: a worker takes work up to ``Limits.full`` instead of T. ``together``: where it has a prefix it may
     go beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``:
     a worker that would be done later than all workers on average is passed over, even where it has the prefix; and
@@ -189,6 +190,7 @@ class Extensions:
 
     look_ahead: bool = True
     long_first: bool = True
+    held_first: bool = True
     memory_bound: bool = True
     together: int = 2
     spill: bool = True
@@ -206,7 +208,9 @@ class Ours:
 
     def __init__(self, costs: RequestCosts, limits: Limits, extensions: Extensions | None = None) -> None:
         self.extensions = on = extensions or Extensions()
-        self.queue: Queue = LookAhead(costs, long_first=on.long_first) if on.look_ahead else Fifo(costs)
+        self.queue: Queue = Fifo(costs)
+        if on.look_ahead:
+            self.queue = LookAhead(costs, long_first=on.long_first, held_first=on.held_first)
         self._costs = costs
         self.limit(limits)
 

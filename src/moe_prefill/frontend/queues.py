@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..blocks import BLOCK_TOKENS
+from ..blocks import BLOCK_TOKENS, held_blocks
 from ..forest import own_tokens
 from .costs import RequestCosts
 from .siblings import SIBLING_BLOCKS, Siblings
 from .ticket import Ticket
+from .worker import Worker
 
 
 class Queue(Protocol):
@@ -23,8 +24,8 @@ class Queue(Protocol):
 
     def push(self, ticket: Ticket) -> None: ...
 
-    def peek(self) -> Ticket:
-        """The next request. The queue is not empty."""
+    def peek(self, workers: Sequence[Worker] = ()) -> Ticket:
+        """The next request, where these workers are to compute it. The queue is not empty."""
         ...
 
     def pop(self) -> Ticket:
@@ -51,7 +52,7 @@ class Fifo:
         self._waiting.append(ticket)
         self.remaining_ns += self._costs.of(ticket, 0).ns
 
-    def peek(self) -> Ticket:
+    def peek(self, workers: Sequence[Worker] = ()) -> Ticket:
         return self._waiting[0]
 
     def pop(self) -> Ticket:
@@ -65,7 +66,8 @@ class Fifo:
 
 
 class LookAhead:
-    """Siblings together, and groups with long requests first.
+    """Siblings together, groups with long requests first, and before all those whose prefix a pool has: others would
+    push it out.
 
     What waits is put in order in **epochs**: an epoch is all that waits when the one before it is through. Within one,
     requests that share a prefix follow one another, and groups go by their longest request (by what it costs after
@@ -74,8 +76,8 @@ class LookAhead:
     more than two fillings of the queue.
     """
 
-    def __init__(self, costs: RequestCosts, *, long_first: bool = True) -> None:
-        self._costs, self._long_first = costs, long_first
+    def __init__(self, costs: RequestCosts, *, long_first: bool = True, held_first: bool = True) -> None:
+        self._costs, self._long_first, self._held_first = costs, long_first, held_first
         self._epoch: deque[tuple[Ticket, int]] = deque()  # with the predicted time after sharing
         self._next: list[tuple[Ticket, int]] = []
         self.remaining_ns = 0
@@ -88,9 +90,9 @@ class LookAhead:
         self._next.append((ticket, cost_ns))
         self.remaining_ns += cost_ns
 
-    def peek(self) -> Ticket:
+    def peek(self, workers: Sequence[Worker] = ()) -> Ticket:
         if not self._epoch:
-            self._begin_epoch()
+            self._begin_epoch(workers)
         return self._epoch[0][0]
 
     def pop(self) -> Ticket:
@@ -104,7 +106,7 @@ class LookAhead:
         self._epoch.extendleft(reversed(again))
         self.remaining_ns += sum(cost_ns for _, cost_ns in again)
 
-    def _begin_epoch(self) -> None:
+    def _begin_epoch(self, workers: Sequence[Worker]) -> None:
         siblings = Siblings()
         siblings.add_all([ticket for ticket, _ in self._next])
         order = list(siblings.in_order())
@@ -120,6 +122,8 @@ class LookAhead:
             groups.sort(key=lambda group: (-max(cost_ns for _, cost_ns in group), min(t.id for t, _ in group)))
         else:
             groups.sort(key=lambda group: min(ticket.id for ticket, _ in group))
+        if self._held_first:
+            groups.sort(key=lambda group: not any(_holds(worker, group[0][0]) for worker in workers))
         self._epoch.extend(each for group in groups for each in group)
         self._next = []
         self.remaining_ns = sum(cost_ns for _, cost_ns in self._epoch)
@@ -147,7 +151,7 @@ class ShortestFirst:
         self._enter(ticket, 0)
         self.remaining_ns += self._costs.of(ticket, 0).ns
 
-    def peek(self) -> Ticket:
+    def peek(self, workers: Sequence[Worker] = ()) -> Ticket:
         while True:
             tokens, _, _, ticket = self._heap[0]
             if self._left(ticket) == tokens:
@@ -181,3 +185,8 @@ class ShortestFirst:
     def _left(self, ticket: Ticket) -> int:
         blocks = self._matched.get(ticket.id)
         return -1 if blocks is None else ticket.num_tokens - BLOCK_TOKENS * min(blocks, ticket.usable_blocks)
+
+
+def _holds(worker: Worker, ticket: Ticket) -> bool:
+    """Whether a worker's pool has enough of a request to make it worth a place."""
+    return held_blocks(ticket.chain, ticket.usable_blocks, worker.table.committed) >= SIBLING_BLOCKS
