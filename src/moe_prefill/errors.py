@@ -7,6 +7,15 @@ written to that row's error column, and never stops its neighbours.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The closest of ``names`` as a remark behind an unknown one, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
 
 class MoePrefillError(Exception):
     """Base of every error meant for a user's eyes; ``exit_code`` is what the command line returns for it."""

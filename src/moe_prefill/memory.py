@@ -157,8 +157,10 @@ def plan_memory(
 
 
 def show_bytes(size: int) -> str:
-    """A size for people: GiB, or MiB where that would be 0.0."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):,.1f} MiB"
+    """A size for people: GiB, or MiB, or KiB where the larger unit would show nothing."""
+    if size >= GIB // 10:
+        return f"{size / GIB:,.2f} GiB"
+    return f"{size / (1 << 20):,.1f} MiB" if size >= 1 << 17 or size == 0 else f"{size / (1 << 10):,.1f} KiB"
 
 
 def key_bytes(spec: ModelSpec, element: int) -> int:

@@ -62,6 +62,18 @@ def test_classify_writes_answers_and_a_summary(
     assert said.err.startswith("loading ")
 
 
+def test_a_gold_column_without_labels_gives_no_ratios(
+    classify: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "gold.csv"
+    source.write_text("text,gold\na,\nb,\n")
+    assert classify("--label-column", "gold", source=source) == 0
+    said = capsys.readouterr().out
+    assert "no row could be compared" in said
+    assert "2 rows without a gold label" in said
+    assert "accuracy" not in said
+
+
 def test_json_mode_prints_one_summary_and_progress(
     classify: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +277,14 @@ def test_every_error_has_its_exit_code(
         (["classify", "{table}", "-m", "{model}", "-o", "{out}"], 4, "labels"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,a", "-o", "{out}"], 4, "'a'"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "--template", "{{x}}", "-o", "{out}"], 4, "x"),
+        (["classify", "{table}", "-m", "{model}", "--labels", "a", "-o", "{out}"], 4, "always 1"),
+        (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "--template", "x", "-o", "{out}"], 4, "no column"),
+        (
+            ["classify", "{table}", "-m", "{model}", "--labels", "a,b", "--template", "{{txt}}", "-o", "{out}"],
+            4,
+            "did you mean 'text'",
+        ),
+        (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "{model}"], 7, "is a directory"),
         (["classify", "{table}", "-m", "{model}/none", "--labels", "a,b", "-o", "{out}"], 5, "directory"),
         (["classify", "{table}", "-m", "{model}", "--labels", "a,b", "-o", "/none/out.csv"], 7, "does not exist"),
         (["frobnicate"], 2, "No such command"),

@@ -195,6 +195,9 @@ def test_types_that_do_not_unite_are_named(
         (b"text,n\ra,1\r", ["not CSV", "carriage return"]),
         (b"text\nok\ncaf\xe9\n", ["not UTF-8", "0xe9", "offset 11", "line 3"]),
         ("text\nx\n".encode("utf-16"), ["UTF-16"]),
+        (gzip.compress(b"text\nx\n"), ["gzip", ".gz"]),
+        (b"PK\x03\x04\xff\xff", ["Excel"]),
+        (b"PAR1\xff\xff", ["--format parquet"]),
     ],
 )
 def test_csv_that_cannot_be_read_is_explained(tmp_path: Path, content: bytes, words: list[str]) -> None:
@@ -206,11 +209,19 @@ def test_csv_that_cannot_be_read_is_explained(tmp_path: Path, content: bytes, wo
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['[{"text": "a"}]\n', '{\n"text": "a"\n}\n', "text\na\n"])
-def test_jsonl_without_an_object_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('[{"text": "a"}]\n', "a JSON list"),
+        ('{\n"text": "a"\n}\n', "is not JSON"),
+        ("text\na\n", "is not JSON"),
+        ('{"text": NaN}\n', "NaN is not a JSON number"),
+    ],
+)
+def test_jsonl_without_an_object_is_refused(tmp_path: Path, content: str, why: str) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(content)
-    with pytest.raises(InputError, match="not one of its lines is a JSON object"):
+    with pytest.raises(InputError, match=f"not one of its lines is a JSON object.*{why}"):
         open_for(source, Path("out.jsonl"))
 
 

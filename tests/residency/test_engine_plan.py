@@ -32,6 +32,11 @@ def test_what_does_not_fit_is_refused_before_weights_load(monkeypatch):
     with pytest.raises(PlanError, match="does not fit on CPU: with banks 6 resident") as refused:
         build.build_engine(dataclasses.replace(CONFIG, host_gib=0.01))
     assert "embedding and head: 4.0 MiB" in str(refused.value)
+    assert "a larger --host-gib" in str(refused.value)
+    assert "GPU" not in str(refused.value)
+    assert "--hbm-gib" not in str(refused.value)
+    with pytest.raises(PlanError, match=r"has [\d,]+ tokens; use a smaller --max-sweep-tokens, a larger --host-gib"):
+        build.build_engine(dataclasses.replace(CONFIG, host_gib=0.05, max_sweep_tokens=1 << 26))
     with pytest.raises(UsageError, match="names 2 layers, and the model has 6"):
         build.build_engine(dataclasses.replace(CONFIG, residency="resident,resident"))
 

@@ -139,7 +139,7 @@ def test_a_tokenizer_with_more_ids_than_its_model(small: Tokenizer) -> None:
 
 
 def test_table_errors_come_before_any_row(small: Tokenizer) -> None:
-    with pytest.raises(TaskError, match=r"no column 'text'; it has id, body, and this task's own labels"):
+    with pytest.raises(TaskError, match=r"no column 'text'; it has id, body, and this task's own \{labels\}"):
         build_task(ClassifyConfig(labels=LABELS), small, LIMITS, ["id", "body"])
     with pytest.raises(TaskError, match="output column 'probability' already"):
         build_task(ClassifyConfig(labels=LABELS), small, LIMITS, ["text", "probability"])
@@ -152,7 +152,14 @@ def test_table_errors_come_before_any_row(small: Tokenizer) -> None:
 def test_a_bad_row_leaves_its_neighbours_alone(small: Tokenizer) -> None:
     task = build_task(ClassifyConfig(labels=LABELS), small, LIMITS)
     good = run(task, ROW)
-    bad = [{"text": None}, {"text": " \n"}, {"text": float("nan")}, {"text": "word " * 500}, {"text": "x\ud800"}]
+    bad = [
+        {"text": None},
+        {"text": " \n"},
+        {"text": float("nan")},
+        {"text": "word " * 500},
+        {"text": "x\ud800"},
+        {"text": b"\xff"},
+    ]
     mixed = run(task, bad[0], ROW, *bad[1:])
     assert mixed[1] == good[0]
     assert [value for value in mixed if isinstance(value, str)] == [
@@ -160,6 +167,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(small: Tokenizer) -> None:
         "empty_text",
         "empty_text",
         "too_long",
+        "bad_text",
         "bad_text",
     ]
 

@@ -28,6 +28,7 @@ from ..jobs import (
     model_fingerprint,
     run_job,
 )
+from ..jobs.output import check_place
 from ..jobs.spool import spool
 from ..jobs.tables import Format, Table, check_format, choose_format, find_files, format_of, open_table
 from ..tasks import ChooseConfig, ClassifyConfig, Task, TaskConfig, build_task, config_from_mapping, read_task_file
@@ -73,8 +74,10 @@ class Request:
             return check_format(self.run.output_format)
         if self.run.output in (None, "-"):
             return "jsonl"
-        found = format_of(Path(str(self.run.output)), gzip=False)
+        path = Path(str(self.run.output))
+        found = format_of(path, gzip=False)
         if found is None:
+            check_place(path.resolve())
             raise UsageError(
                 f"-o {self.run.output}: the name does not say the format; give --output-format csv|tsv|jsonl|parquet"
             )

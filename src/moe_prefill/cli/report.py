@@ -67,10 +67,10 @@ def show_summary(summary: Summary, console: Console) -> None:
 
 def show_metrics(metrics: Metrics, console: Console) -> None:
     """The headline, and for labels the confusion table and each class."""
-    console.print(metrics.headline())
-    if isinstance(metrics, LabelMetrics) and len(metrics.labels) <= _MAX_CLASSES:
+    console.print(metrics.headline() if metrics.compared else "no row could be compared with the gold column")
+    if metrics.compared and isinstance(metrics, LabelMetrics) and len(metrics.labels) <= _MAX_CLASSES:
         console.print(_confusion(metrics))
-    if not isinstance(metrics, RankMetrics):
+    if metrics.compared and not isinstance(metrics, RankMetrics):
         console.print(_classes(metrics.classes))
     apart = {
         "with an error": metrics.apart.with_error,

@@ -25,6 +25,20 @@ def sidecar_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
+def check_place(path: Path) -> None:
+    """Raise OutputError where no file can be written."""
+    with refusals_named(sidecar_path(path)):
+        sidecar_path(path).exists()  # a name that is too long is found now, not when all is computed
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give a file name, for example {path / 'answers.csv'}")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is not a regular file; give another -o, or - for standard output")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the directory {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: cannot be written: no permission in {path.parent}")
+
+
 class Output(Protocol):
     """What the runner needs of a destination."""
 
@@ -56,7 +70,7 @@ class FileOutput:
         self._finished_before = False
         self._removed = False
         self._done: dict[int, Part] = {}
-        self._check_place()
+        check_place(self.path)
         unfinished = self.parts.manifest.exists()
         self._check_flags(unfinished, resume=resume, overwrite=overwrite)
         with refusals_named(self.parts.path):
@@ -73,18 +87,6 @@ class FileOutput:
         if not self.resuming:
             self.parts.clear(keep_lock=True)
             self._finished_before = resume and self.path.exists()
-
-    def _check_place(self) -> None:
-        with refusals_named(sidecar_path(self.path)):
-            sidecar_path(self.path).exists()  # a name that is too long is found now, not when all is computed
-        if self.path.is_dir():
-            raise OutputError(f"{self.path}: is a directory; give a file name, for example {self.path / 'answers.csv'}")
-        if self.path.exists() and not self.path.is_file():
-            raise OutputError(f"{self.path}: is not a regular file; give another -o, or - for standard output")
-        if not self.path.parent.is_dir():
-            raise OutputError(f"{self.path}: the directory {self.path.parent} does not exist; make it first")
-        if not os.access(self.path.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{self.path}: cannot be written: no permission in {self.path.parent}")
 
     def _check_flags(self, unfinished: bool, *, resume: bool, overwrite: bool) -> None:
         if resume or overwrite:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import IO, TYPE_CHECKING, Protocol
 
 from ..core import AtomicResult, Column, ScoringEngine, StartingEngine
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, did_you_mean
 from .ahead import one_ahead
 from .answers import Answers, Group, added_columns, groups_of
 from .compare import check_comparable, metrics_of
@@ -190,10 +189,8 @@ def check_columns(table: Table, task: Task, added: Sequence[Column], label_colum
         check_comparable(task.name)
     for name in sorted(task.placeholders | ({label_column} if label_column else set())):
         if name not in table.columns:
-            close = difflib.get_close_matches(name, table.columns, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
             have = ", ".join(map(repr, table.columns[:30]))
-            raise InputError(f"the table has no column {name!r}{hint}; it has {have}")
+            raise InputError(f"the table has no column {name!r}{did_you_mean(name, table.columns)}; it has {have}")
     clash = [column.name for column in added if column.name in table.columns]
     if clash:
         raise UsageError(

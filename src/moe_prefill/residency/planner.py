@@ -327,25 +327,33 @@ class _Planner:
         return PlanError(
             f"the model does not fit on {where}: with banks {levels or 'nowhere'} and a sweep of {least[0]:,} "
             f"token{'s' * (least[0] != 1)}, each rank needs {show_bytes(sum(device.values()))} of device memory and "
-            f"there are {show_bytes(self.budget.device_bytes)}; {show_bytes(sum(host.values()))} of host memory and "
-            f"{self._host_there_is()}\n" + "\n".join(lines) + f"\n{largest}; "
-            f"{self._remedy(host)}"
+            f"there are {show_bytes(self.budget.device_bytes)}{self._host_there_is(host)}\n"
+            + "\n".join(lines)
+            + f"\n{largest}; use {self._remedy(host, room)}"
         )
 
-    def _host_there_is(self) -> str:
+    def _host_there_is(self, host: Mapping[str, int]) -> str:
+        if self.budget.kind == "cpu" and not host:
+            return ""
         unbounded = self.budget.host_bytes >= UNBOUNDED
-        return "no limit of it is given" if unbounded else f"there are {show_bytes(self.budget.host_bytes)}"
+        there = "no limit of it is given" if unbounded else f"there are {show_bytes(self.budget.host_bytes)}"
+        return f"; {show_bytes(sum(host.values()))} of host memory and {there}"
 
-    def _remedy(self, host: Mapping[str, int]) -> str:
-        missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)
+    def _remedy(self, host: Mapping[str, int], room: int) -> str:
+        """What may help, the likeliest first; ``room``: tokens of the largest sweep that fits."""
         if self.prefixes:
-            return f"use a smaller --kv-gib (now {show_bytes(self.prefixes)}; 0 keeps nothing)"
-        more = "more GPUs, more device memory (--hbm-gib), 8-bit experts (--quantization fp8)"
-        if self.pinned is not None:
-            return f"use --residency auto, a smaller --max-sweep-tokens, or {more}"
-        if sum(host.values()) + self.bank > self.budget.host_bytes and missing > self.budget.host_bytes:
-            return f"give more host memory (--host-gib; all banks take {show_bytes(missing)} a GPU), {more}"
-        return f"use a smaller --max-sweep-tokens, {more}"
+            return f"a smaller --kv-gib (now {show_bytes(self.prefixes)}; 0 keeps nothing)"
+        ways = ["--residency auto"] * (self.pinned is not None) + ["a smaller --max-sweep-tokens"] * (room > 0)
+        if self.budget.kind == "cpu":
+            ways.append("a larger --host-gib where one is given (half of the free memory is the most)")
+            ways += ["fewer --gpus, which share the memory"] * (self.budget.ranks > 1)
+        else:
+            missing = self.spec.num_sparse_layers * (self.bank if self.budget.ranks == 1 else self.shard)
+            if sum(host.values()) + self.bank > self.budget.host_bytes and missing > self.budget.host_bytes:
+                ways.append(f"more host memory (--host-gib; all banks take {show_bytes(missing)} a GPU)")
+            ways += ["more GPUs", "more device memory (--hbm-gib)"]
+        ways += ["8-bit experts (--quantization fp8)"] * (self.bank_dtype != "float8_e4m3fn")
+        return ", ".join(ways)
 
 
 def weight_bytes(spec: ModelSpec, element: int, *, float8: bool = False) -> dict[str, int]:

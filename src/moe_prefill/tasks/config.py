@@ -78,6 +78,11 @@ class ClassifyConfig(TaskConfig):
         double = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if double is not None:
             raise TaskError(f"label {double!r} is given twice; every label has one probability")
+        if len(names) == 1 and self.normalize == "candidates":
+            raise TaskError(
+                f"label {names[0]!r} is the only one, so its probability is always 1; give more labels, or "
+                "--normalize vocabulary for its share of all tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

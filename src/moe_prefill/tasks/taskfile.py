@@ -62,7 +62,8 @@ def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "
     required = {field.name for field in dataclasses.fields(config) if _is_required(field)}
     missing = sorted(required - set(values))
     if missing:
-        raise TaskError(f"{source}: {kind} needs {', '.join(missing)}")
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise TaskError(f"{source}: {kind} needs {', '.join(missing)}; give {flags}, or the same in a task file")
     checked: dict[str, Any] = {key: _value(value, known[key], f"{source}: {key}") for key, value in values.items()}
     return config(**checked)
 

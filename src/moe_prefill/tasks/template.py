@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import RowError, TaskError
+from ..errors import RowError, TaskError, did_you_mean
 from .base import Row
 
 
@@ -62,14 +62,17 @@ def columns_of(templates: Sequence[Template], reserved: Collection[str]) -> froz
 
 
 def check_columns(needed: Collection[str], columns: Sequence[str] | None, reserved: Collection[str] = ()) -> None:
-    """Raise TaskError that names what is missing and what there is."""
+    """Raise TaskError that names what is missing and what there is, and where no column is ``needed``."""
+    if not needed:
+        raise TaskError("the prompt reads no column, so every row would get one answer; name columns as {column}")
     if columns is None:
         return
     missing = sorted(set(needed) - set(columns))
     if missing:
-        own = f", and this task's own {', '.join(sorted(reserved))}" if reserved else ""
+        own = f", and this task's own {', '.join(f'{{{name}}}' for name in sorted(reserved))}" if reserved else ""
+        names = ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
         raise TaskError(
-            f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(columns)}{own}. Name one of "
+            f"the table has no column {names}; it has {', '.join(columns[:30])}{own}. Name one of "
             "them in the template as {column}, or the text column with --text-column"
         )
 
@@ -87,9 +90,9 @@ def need_text(value: object, where: str) -> str:
             "empty_text", f"{where} is {'null' if value is None else 'empty'}; the prompt needs a text there"
         )
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError("bad_text", f"{where} cannot be written as UTF-8: {error}; repair the text") from error
+        (value if isinstance(value, bytes) else text.encode()).decode()
+    except UnicodeError as error:
+        raise RowError("bad_text", f"{where} is not UTF-8 text: {error}; repair the text") from error
     return text
 
 

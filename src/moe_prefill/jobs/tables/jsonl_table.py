@@ -45,13 +45,14 @@ class JsonlTable(TextTable[JsonLine]):
     ) -> None:
         self._names: dict[str, None] = {}
         self._has_object = False
+        self._first_error: RowError | None = None
         self._inference = SchemaInference() if infer_schema else None
         super().__init__(files, limit=limit, granule_rows=granule_rows)
         self.columns = tuple(self._names)
         if not self._has_object:
             raise InputError(
                 f"{self.files[0]}: not one of its lines is a JSON object; JSON Lines have one object on each line, "
-                "not a list around them or an object over several lines"
+                f"not a list around them or an object over several lines (the first one: {self._first_error})"
             )
 
     def arrow_schema(self) -> pa.Schema:
@@ -66,6 +67,7 @@ class JsonlTable(TextTable[JsonLine]):
 
     def _learn(self, record: JsonLine, row: int) -> None:
         self._has_object = self._has_object or record.error is None
+        self._first_error = self._first_error or record.error
         if not record.value.keys() <= self._names.keys():
             self._names.update(dict.fromkeys(record.value))
             if len(self._names) > MAX_COLUMNS:

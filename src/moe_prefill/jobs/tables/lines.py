@@ -13,6 +13,12 @@ from ...errors import InputError
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_MAGIC = {
+    b"\x1f\x8b": "it is compressed with gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with Zstandard: decompress it first",
+    b"PK\x03\x04": "it is a ZIP archive or an Excel workbook: unpack it, or export it as CSV",
+    b"PAR1": "it is Parquet: give --format parquet",
+}
 
 
 class Hasher(Protocol):
@@ -64,12 +70,14 @@ class LineReader:
             raise InputError(self._not_utf8(raw, start + error.start, error)) from error
 
     def _not_utf8(self, raw: bytes, at: int, error: UnicodeDecodeError) -> str:
+        where = f"{self.path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {at:,}, line {self.line:,}"
+        for magic, hint in _MAGIC.items():
+            if self.line == 1 and raw.startswith(magic):
+                return f"{where}; {hint}"
         looks = raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in raw[:64]
         hint = "it looks like UTF-16" if looks else "it may be Latin-1 or Windows-1252"
-        return (
-            f"{self.path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {at:,}, line {self.line:,} ({hint}); "
-            f"convert it, for example with `iconv -f {'UTF-16' if looks else 'WINDOWS-1252'} -t UTF-8`"
-        )
+        encoding = "UTF-16" if looks else "WINDOWS-1252"
+        return f"{where} ({hint}); convert it, for example with `iconv -f {encoding} -t UTF-8`"
 
     def _open(self) -> IO[bytes]:
         try:
