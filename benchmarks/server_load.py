@@ -2,12 +2,22 @@
 
     python benchmarks/server_load.py --out benchmarks/results/server.json
 
-Clients are threads of this process with persistent connections; the server is a process of its own, its engine with
-``--threads`` threads, so on a machine of few cores the clients take from the server's share. Rows are classify prompts:
-the shipped mails, and rows of 1,000 tokens. Rates are at saturation, engine and server in turn, the median of
-``--rounds``. The frontend alone has an engine that answers at once; over its ``--requests`` requests the growth of its
-memory is measured. Rows are sent again and again, so the server keeps no prefixes (``--kv-gib 0``). About six minutes
-on two quiet cores.
+Rows are classify prompts: the shipped mails, and rows of 1,000 tokens. Rates are at saturation, both sides in turn, the
+median of ``--rounds``:
+
+- the engine alone: ``Engine.classify`` of all rows as one list, in this process. Templates, tokenisation, sweeps as
+  large as memory allows and the reading of answers are in it; nothing runs beside it. ``engine_same_calls``: the same
+  rows in lists of as many as an HTTP call carries.
+- HTTP: the same rows in calls of ``items_per_call``, from threads of this process with persistent connections, bodies
+  made beforehand, replies read and not parsed. The server is a process of its own, its engine with ``--threads``
+  threads, so on a machine of few cores server and clients share what the engine leaves. Its calls may take
+  ``--max-sweep-s``, so that they fill the engine's sweeps; the default of ``serve`` gives up a little for latency.
+
+``*_cpu_ms_per_row`` is processor time of the side's process, which says more than rates where the machine is shared.
+The frontend alone has an engine that answers at once: its processor time a row, of which ``prepare_cpu_us_per_row`` is
+for template, tokenisation and answers, which the engine alone pays too; and the growth of its memory over
+``--requests`` requests. Rows are sent again and again, so the server keeps no prefixes (``--kv-gib 0``). About ten
+minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -34,7 +44,9 @@ from typing import Any
 import numpy as np
 
 from moe_prefill import Engine
-from moe_prefill.core import AtomicRequest, AtomicResult, EngineLimits, RunStats
+from moe_prefill.core import AtomicRequest, AtomicResult, EngineLimits, PreparedRow, RunStats
+from moe_prefill.tasks import build_task, config_from_mapping
+from moe_prefill.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples/demo_model/checkpoint"
@@ -42,6 +54,7 @@ MAILS = ROOT / "examples/data/mails.csv"
 TASK = {"labels": ["spam", "ham"], "template": "Mail:\n{text}\n\nQuestion: Is this mail spam or ham?\nAnswer:"}
 SINGLE_CLIENTS = 4
 WARM_REQUESTS = 5000  # before memory is read for the first time
+CPU_ROUNDS = 10  # over all rows
 
 
 class InstantEngine:
@@ -55,7 +68,10 @@ class InstantEngine:
         self.stats = RunStats()
 
     def score(self, requests: Sequence[AtomicRequest]) -> list[AtomicResult | Exception]:
-        return [AtomicResult(np.zeros(len(r.ids), np.float32), np.ones(len(r.positions), np.float32)) for r in requests]
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: AtomicRequest) -> AtomicResult:
+        return AtomicResult(np.zeros(len(request.ids), np.float32), np.ones(len(request.positions), np.float32))
 
     def close(self) -> None: ...
 
@@ -101,12 +117,12 @@ def get(port: int, path: str) -> tuple[int, bytes]:
     return told
 
 
-def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> dict[str, Any]:
+def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> bytes:
     connection.request("POST", path, body, {"Content-Type": "application/json"})
     reply = connection.getresponse()
     told = reply.read()
     assert reply.status == 200, told
-    return json.loads(told)  # type: ignore[no-any-return]
+    return told
 
 
 def load(port: int, bodies: Sequence[bytes], clients: int, count: int) -> tuple[float, list[float]]:
@@ -147,6 +163,12 @@ def rss_mib(pid: int) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def quantile_ms(times: Sequence[float], at: float) -> float:
     return round(1000 * float(np.quantile(times, at)), 2)
 
@@ -180,17 +202,23 @@ class Cell:
     items: int
     clients: int
 
-    def measure(self, port: int, engine: Engine, rounds: int) -> dict[str, Any]:
+    def measure(self, port: int, pid: int, engine: Engine, rounds: int) -> dict[str, Any]:
         """The engine alone and behind HTTP in turn; medians, and the median of the rounds' ratios."""
         bodies = bodies_of(self.texts, self.items)
+        count = len(self.texts)
         load(port, bodies[: self.clients], self.clients, self.clients)
-        alone, behind = [], []
+        alone, behind, same, engine_cpu, server_cpu = [], [], [], [], []
         for _ in range(rounds):
-            begin = time.perf_counter()
-            engine.classify(self.texts, **TASK)
-            alone.append(len(self.texts) / (time.perf_counter() - begin))
+            before = time.process_time()
+            alone.append(count / _seconds(engine, [self.texts]))
+            engine_cpu.append(1000 * (time.process_time() - before) / count)
+            before = cpu_s(pid)
             seconds, _ = load(port, bodies, self.clients, len(bodies))
-            behind.append(len(self.texts) / seconds)
+            behind.append(count / seconds)
+            server_cpu.append(1000 * (cpu_s(pid) - before) / count)
+            if self.items > 1:
+                parts = [self.texts[at : at + self.items] for at in range(0, count, self.items)]
+                same.append(count / _seconds(engine, parts))
         ratios = [http / only for http, only in zip(behind, alone, strict=True)]
         return {
             "rows": self.name,
@@ -198,9 +226,19 @@ class Cell:
             "items_per_call": self.items,
             "clients": self.clients,
             "engine_rows_per_s": round(statistics.median(alone), 1),
+            **({"engine_same_calls_rows_per_s": round(statistics.median(same), 1)} if same else {}),
             "http_rows_per_s": round(statistics.median(behind), 1),
             "http_over_engine": round(statistics.median(ratios), 4),
+            "engine_cpu_ms_per_row": round(statistics.median(engine_cpu), 2),
+            "server_cpu_ms_per_row": round(statistics.median(server_cpu), 2),
         }
+
+
+def _seconds(engine: Engine, parts: Sequence[Sequence[str]]) -> float:
+    begin = time.perf_counter()
+    for part in parts:
+        engine.classify(part, **TASK)
+    return time.perf_counter() - begin
 
 
 def cells_of(arguments: argparse.Namespace, engine: Engine) -> list[Cell]:
@@ -211,7 +249,7 @@ def cells_of(arguments: argparse.Namespace, engine: Engine) -> list[Cell]:
     return [
         Cell("mails", texts, arguments.items, 8),
         Cell("1,000 tokens", long, 1, 16),
-        Cell("mails", texts, 1, 32),
+        Cell("mails", texts[: arguments.rows // 2], 1, 32),
     ]
 
 
@@ -219,9 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
-    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--long-rows", type=int, default=48)
     parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--max-sweep-s", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latencies", type=int, default=200)
     parser.add_argument("--requests", type=int, default=200_000)
@@ -245,12 +284,13 @@ def against_engine(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "moe_prefill.cli", "serve", "--model", str(MODEL), "--port", "0"]
         command += ["--threads", str(arguments.threads), "--data-dir", data, "--kv-gib", "0"]
-        with server(command) as (port, _), Engine(MODEL, threads=arguments.threads) as engine:
-            cells = [cell.measure(port, engine, arguments.rounds) for cell in cells_of(arguments, engine)]
+        command += ["--max-sweep-s", str(arguments.max_sweep_s)]
+        with server(command) as (port, pid), Engine(MODEL, threads=arguments.threads) as engine:
+            cells = [cell.measure(port, pid, engine, arguments.rounds) for cell in cells_of(arguments, engine)]
             texts = mails(arguments.rows)
             single = bodies_of(texts, 1)
             _, alone = load(port, single, SINGLE_CLIENTS, arguments.latencies)
-            start_batch(port, texts * 8)
+            start_batch(port, texts * 4)
             time.sleep(1.0)
             _, beside = load(port, single, SINGLE_CLIENTS, arguments.latencies)
             assert batch_runs(port), "the batch ended before the latencies beside it were measured"
@@ -266,15 +306,41 @@ def against_engine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def frontend_only(arguments: argparse.Namespace) -> dict[str, Any]:
+    texts = mails(arguments.rows)
     with server([sys.executable, __file__, "--serve-instant"]) as (port, pid):
-        bodies = bodies_of(mails(arguments.rows), 1)
+        bodies = bodies_of(texts, 1)
         load(port, bodies, 8, WARM_REQUESTS)
         before = rss_mib(pid)
         seconds, _ = load(port, bodies, 8, arguments.requests)
+        growth = rss_mib(pid) - before
+        calls = bodies_of(texts, arguments.items)
+        load(port, calls, 2, len(calls))
+        used = cpu_s(pid)
+        load(port, calls, 2, CPU_ROUNDS * len(calls))
         return {
             "frontend_only_requests_per_s": round(arguments.requests / seconds, 1),
-            "rss_growth_mib": round(rss_mib(pid) - before, 1),
+            "frontend_cpu_us_per_row": round(1e6 * (cpu_s(pid) - used) / CPU_ROUNDS / len(texts), 1),
+            "prepare_cpu_us_per_row": round(prepare_cpu_us(texts, arguments.items), 1),
+            "rss_growth_mib": round(growth, 1),
         }
+
+
+def prepare_cpu_us(texts: Sequence[str], items: int) -> float:
+    """Processor time of a row in the task alone: template, tokens, and the reading of answers."""
+    engine = InstantEngine()
+    task = build_task(
+        config_from_mapping("classify", TASK, "benchmark"), Tokenizer.from_directory(MODEL), engine.limits
+    )
+    parts = [[{"text": text} for text in texts[at : at + items]] for at in range(0, len(texts), items)]
+    before = 0.0
+    for number in range(CPU_ROUNDS + 1):
+        if number == 1:  # the first round is warm-up
+            before = time.process_time()
+        for part in parts:
+            for row in task.prepare(part):
+                assert isinstance(row, PreparedRow)
+                task.finish(row, [engine.answer(request) for request in row.requests])
+    return 1e6 * (time.process_time() - before) / CPU_ROUNDS / len(texts)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ def test_kinds_of_engines():
     assert isinstance(backend_of(Starting()), Lists)
 
 
+def test_a_call_of_an_engine_of_lists_is_whole_sweeps_or_less_than_one():
+    lists, routed = backend_of(FakeEngine(max_sweep=1000)), backend_of(Routing1by1())
+    assert [lists.fitting(tokens) for tokens in (10, 949, 951, 1500, 1899, 1950, 9999)] == [
+        10, 949, 950, 950, 950, 1900, 9500,
+    ]  # fmt: skip
+    assert routed.fitting(1500) == 1500
+
+
 def test_policies_of_the_settings_are_those_of_the_frontend():
     from typing import get_args
 

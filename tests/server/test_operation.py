@@ -232,14 +232,15 @@ def test_bodies_are_bounded_together(make_service, tokenizer):
     engine.gate.clear()
     size = len(json.dumps(BODY).encode()) + 100
     limits = HttpLimits(all_bodies_bytes=2 * size)
-    with listening(make_service(engine), limits=limits) as url, ThreadPoolExecutor(3) as pool:
+    service = make_service(engine)
+    with listening(service, limits=limits) as url, ThreadPoolExecutor(3) as pool:
 
         def post():
             return httpx.post(f"{url}/v1/completions", content=json.dumps(BODY).ljust(size), timeout=60)
 
         two = [pool.submit(post) for _ in range(2)]
-        wait_for(lambda: len(engine.calls) >= 1)
-        wait_for(lambda: post().status_code == 429)
+        wait_for(lambda: len(service.permits) == 2)
+        assert post().status_code == 429
         engine.gate.set()
         assert [reply.result().status_code for reply in two] == [200, 200]
 

@@ -88,7 +88,7 @@ def test_small_calls_do_not_make_calls_small():
             return super().score(requests)
 
     clock = Clock()
-    engine = Slow(clock=clock, tokens_per_s=10_000.0)
+    engine = Slow(clock=clock, tokens_per_s=10_000.0, max_sweep=10**5)
     scheduler, clock, engine = scheduler_of(clock, engine, max_wait_s=0, max_sweep_s=1.0, max_queue_tokens=10**6)
     for seed in range(20):
         scheduler.submit(work_of(10, seed=seed))

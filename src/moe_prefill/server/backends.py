@@ -11,6 +11,7 @@ from ..core import AtomicRequest, AtomicResult, ScoringEngine, StartingEngine
 from ..errors import WorkerError
 
 Answers = list[AtomicResult | Exception]
+_FILLED = 0.95  # of a sweep; the rest is for prefixes that are counted once and too short to be computed once
 
 
 class Asked(Protocol):
@@ -29,6 +30,10 @@ class Backend(Protocol):
     @property
     def calls_at_once(self) -> int: ...
 
+    def fitting(self, max_tokens: float) -> float:
+        """Tokens of the call of at most ``max_tokens`` that wastes least."""
+        ...
+
     def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
         """Each part's number and its answers, in any order; CancelledError for a request that was withdrawn because
         nobody waits for it. Raises WorkerError when the engine is lost.
@@ -37,11 +42,18 @@ class Backend(Protocol):
 
 
 class Lists:
-    """An engine of lists: all parts are answered together, and nothing is withdrawn."""
+    """An engine of lists: all parts are answered together, and nothing is withdrawn.
+
+    A list is cut into sweeps of near-equal size, so one that is a little longer than a sweep becomes two halves.
+    """
 
     def __init__(self, engine: ScoringEngine, calls_at_once: int) -> None:
         self._engine = engine
         self.calls_at_once = calls_at_once
+
+    def fitting(self, max_tokens: float) -> float:
+        sweep = _FILLED * self._engine.limits.max_sweep_tokens
+        return max_tokens // sweep * sweep or max_tokens
 
     def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
         sizes = [len(part.requests) for part in parts]
@@ -71,6 +83,9 @@ class Routed:
 
     def __init__(self, engine: RoutingEngine) -> None:
         self._engine = engine
+
+    def fitting(self, max_tokens: float) -> float:
+        return max_tokens
 
     def compute(self, parts: Sequence[Asked]) -> Iterator[tuple[int, Answers]]:
         finished = SimpleQueue[int]()

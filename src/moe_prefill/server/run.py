@@ -30,7 +30,7 @@ from .service import Service
 from .settings import ServerConfig
 from .store import Store
 from .tracing import Tracer, tracer_of
-from .warmup import warm_up
+from .warmup import keep_heap, warm_up
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -235,6 +235,7 @@ class Drained(uvicorn.Server):
         begin_s = time.monotonic()
         try:
             await asyncio.to_thread(warm_up, scheduler.engine, scheduler.paces.values(), self._server.warmup)
+            await asyncio.to_thread(keep_heap)
         except Exception as error:
             _log.error("the warm-up failed: %s", error)
             self.should_exit = True

@@ -282,7 +282,7 @@ class Scheduler:
     def _budget(self, lane: Lane) -> float:
         """Tokens of one call. Before anything was measured, one sweep's."""
         tokens = self.paces[lane].call_tokens
-        return float(self.engine.limits.max_sweep_tokens) if tokens is None else tokens
+        return float(self.engine.limits.max_sweep_tokens) if tokens is None else self._backend.fitting(tokens)
 
     def _check_room(self, work: Work) -> None:
         queue, policy = self._queues["interactive"], self.policy
