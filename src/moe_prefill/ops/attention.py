@@ -6,7 +6,6 @@ float32, natural logarithm, [Q, H]; a query without keys gives (0, -inf).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import cpu_attention
 from .flash import flash, is_legal
+from .masks import visible
 
-_BLOCK_LEAST_ROWS, _BLOCK_MOST_KEYS = 64, 1024  # see _suits_row_blocks
-_BLOCK_SCORES = 1 << 18  # float32 scores of a block and key/value head: a megabyte of cache
 _MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the plain version: bounds its workspace
 
 
@@ -75,18 +74,6 @@ def ref_attention(
     return out, lse
 
 
-def visible(
-    num_queries: int, num_keys: int, *, causal: bool, window: int | None, device: torch.device
-) -> torch.Tensor | None:
-    """Boolean [queries, keys] of what may be seen, aligned at the end; None where everything may."""
-    if not causal:
-        return None
-    row = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
-    column = torch.arange(num_keys, device=device)[None, :]
-    mask = column <= row
-    return mask if window is None else mask & (column > row - window)
-
-
 def attention(
     q_QHd: torch.Tensor,
     k_KGd: torch.Tensor,
@@ -107,7 +94,7 @@ def attention(
     assert window is None or causal, "a window needs causal order"
     if is_legal(q_QHd):
         return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
-    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
+    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
 
 
 def _by_shape(
@@ -119,136 +106,56 @@ def _by_shape(
     causal: bool,
     window: int | None,
     scale: float,
-    need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Large entries go through blocks of rows; of the others, those of equal shape share one batched call."""
+    """Entries of equal shape share batched calls; on a CPU large ones have calls of their own."""
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    num_q, num_k = np.diff(spans.cu_q), np.diff(spans.cu_k)
-    blocked = _suits_row_blocks(q, num_q, num_k, causal)
-    for entry in np.flatnonzero(blocked):
-        rows, keys = slice(*spans.cu_q[entry : entry + 2].tolist()), slice(*spans.cu_k[entry : entry + 2].tolist())
-        _row_blocks(
-            q[rows],
-            k[keys],
-            v[keys],
-            out[rows],
-            lse[rows] if need_lse else None,
-            causal=causal,
-            window=window,
-            scale=scale,
-        )
-    shapes = np.where(blocked, 0, num_q.astype(np.int64) << 32 | num_k)
+    shapes = np.diff(spans.cu_q).astype(np.int64) << 32 | np.diff(spans.cu_k)
     for shape in np.unique(shapes):
-        entries = np.flatnonzero(shapes == shape)
+        q_start, k_start = spans.cu_q[:-1][shapes == shape], spans.cu_k[:-1][shapes == shape]
         nq, nk = int(shape >> 32), int(shape & 0xFFFFFFFF)
         if nq == 0 or nk == 0:
             continue
-        step = max(1, _MAX_BATCHED_SCORES // (nq * nk))
-        for low in range(0, len(entries), step):
-            part = entries[low : low + step]
-            _one_shape(q, k, v, out, lse, spans.cu_q[part], spans.cu_k[part], nq, nk, causal, window, scale)
+        attend_: cpu_attention.Attention = _equal_entries_
+        most = max(1, _MAX_BATCHED_SCORES // (nq * nk))
+        if cpu_attention.suits(q, nq, nk, causal):
+            attend_, most = cpu_attention.attention_for(q.shape[1], nq, nk)
+        for low in range(0, len(q_start), most):
+            q_rows = _rows(q_start[low : low + most], nq, q.device)
+            k_rows = _rows(k_start[low : low + most], nk, k.device)
+            batch = [t[rows] for t, rows in ((q, q_rows), (k, k_rows), (v, k_rows), (out, q_rows), (lse, q_rows))]
+            entries = [t.view(-1, n, *t.shape[1:]) for t, n in zip(batch, (nq, nk, nk, nq, nq), strict=True)]
+            attend_(*entries, causal=causal, window=window, scale=scale)
+            if not isinstance(q_rows, slice):
+                out[q_rows], lse[q_rows] = batch[3:]
     return out, lse
 
 
-def _suits_row_blocks(q: torch.Tensor, num_q: np.ndarray, num_k: np.ndarray, causal: bool) -> np.ndarray:
-    """Which entries are faster as matrix products over blocks of rows than in torch's CPU flash kernel.
-
-    Measured with AVX-512 (BF16 and float32): the flash kernel wins below some 64 rows, where calls cost more than
-    work, and past 1024 keys, where blocks of scores leave the cache. A row without keys is the batched path's affair.
-    """
-    if q.device.type != "cpu":
-        return np.zeros(len(num_q), dtype=bool)
-    suits = (num_q >= _BLOCK_LEAST_ROWS) & (num_k >= _BLOCK_LEAST_ROWS) & (num_k <= _BLOCK_MOST_KEYS)
-    return suits & (num_q <= num_k) if causal else suits
-
-
-def _row_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+def _equal_entries_(
+    q_BnHd: torch.Tensor,
+    k_BKGd: torch.Tensor,
+    v_BKGd: torch.Tensor,
+    out_BnHd: torch.Tensor,
+    lse_BnH: torch.Tensor,
     *,
     causal: bool,
     window: int | None,
     scale: float,
 ) -> None:
-    """One entry in float32, a block of rows at a time against just the keys that it sees, scores in the cache.
-
-    The query heads of a key/value head are rows of one product, so keys are neither repeated nor copied.
+    """torch's flash kernel for CPUs, or the definition elsewhere. The query heads of a key/value head meet keys that
+    are broadcast, not repeated.
     """
-    num_q, num_k, kv_heads, dim = len(q), len(k), k.shape[1], q.shape[2]
-    groups, shift = q.shape[1] // kv_heads, len(k) - len(q)
-    queries = (q.float() * scale).view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
-    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
-    out_heads = out.view(num_q, kv_heads, groups, dim).permute(1, 2, 0, 3)
-    step = max(16, min(64, _BLOCK_SCORES // (groups * num_k) // 16 * 16))
-    for low in range(0, num_q, step):
-        high = min(low + step, num_q)
-        first = 0 if window is None else max(0, low + shift - window + 1)
-        last = high + shift if causal else num_k
-        rows = queries[:, :, low:high].reshape(kv_heads, -1, dim)
-        scores = torch.bmm(rows, keys[:, :, first:last])
-        if causal:
-            mask = _cached_mask(high - low, last - first, window)
-            scores.view(kv_heads, groups, high - low, -1)[..., -mask.shape[1] :].add_(mask)
-        weights = scores.softmax(-1)
-        if lse is not None:
-            # The largest weight is exp(largest score - lse): cheaper than exponentials of our own.
-            found = scores.amax(-1).sub_(weights.amax(-1).log_()).view(kv_heads, groups, high - low)
-            lse[low:high].view(-1, kv_heads, groups).copy_(found.permute(2, 0, 1))
-        mixed = torch.bmm(weights, values[:, first:last])
-        out_heads[:, :, low:high].copy_(mixed.view(kv_heads, groups, high - low, dim))
-
-
-@functools.lru_cache(maxsize=512)
-def _cached_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
-    """What to add to the scores' last columns; only the last ``num_queries`` of them hide anything without a window."""
-    width = num_queries if window is None else num_keys
-    seen = visible(num_queries, width, causal=True, window=window, device=torch.device("cpu"))
-    assert seen is not None
-    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-
-
-def _one_shape(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q_start: np.ndarray,
-    k_start: np.ndarray,
-    nq: int,
-    nk: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> None:
-    batch, kv_heads, dim = len(q_start), k.shape[1], q.shape[2]
-    groups = q.shape[1] // kv_heads
-    q_rows, k_rows = _rows(q_start, nq, q.device), _rows(k_start, nk, k.device)
-    # A key/value head and its query heads are one batch entry, so that keys are broadcast, not repeated.
-    queries = _by_kv_head(q[q_rows], batch, kv_heads, groups)
-    keys, values = (_by_kv_head(t[k_rows], batch, kv_heads, 1).expand(-1, groups, -1, -1) for t in (k, v))
-    square = causal and nq == nk and window is None
-    mask = None if square else visible(nq, nk, causal=causal, window=window, device=q.device)
-    o, m = _dense(queries, keys, values, square, mask, scale)
-    o = o.view(batch, kv_heads, groups, nq, dim).permute(0, 3, 1, 2, 4)
-    m = m.view(batch, kv_heads, groups, nq).permute(0, 3, 1, 2)
-    if isinstance(q_rows, slice):
-        out[q_rows].view(1, nq, kv_heads, groups, dim).copy_(o)
-        lse[q_rows].view(1, nq, kv_heads, groups).copy_(m)
-    else:
-        out[q_rows] = o.reshape(-1, kv_heads * groups, dim)
-        lse[q_rows] = m.reshape(-1, kv_heads * groups)
-
-
-def _by_kv_head(rows: torch.Tensor, batch: int, kv_heads: int, groups: int) -> torch.Tensor:
-    """Rows [batch n, kv_heads groups, d] as [batch kv_heads, groups, n, d]; a view where the batch is one entry."""
-    dim = rows.shape[2]
-    split = rows.view(batch, -1, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-    return split[0] if batch == 1 else split.reshape(batch * kv_heads, groups, -1, dim)
+    batch, num_q, heads, dim = q_BnHd.shape
+    num_k, kv_heads = k_BKGd.shape[1:3]
+    q, out = (t.view(batch, num_q, kv_heads, -1, dim).permute(0, 2, 3, 1, 4) for t in (q_BnHd, out_BnHd))
+    k, v = (
+        t.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, heads // kv_heads, -1, -1) for t in (k_BKGd, v_BKGd)
+    )
+    square = causal and num_q == num_k and window is None
+    mask = None if square else visible(num_q, num_k, causal=causal, window=window, device=q.device)
+    found, lse = _dense(q.flatten(0, 1), k, v, square, mask, scale)
+    out.copy_(found.view(out.shape))
+    lse_BnH.view(batch, num_q, kv_heads, -1).permute(0, 2, 3, 1).copy_(lse.view(out.shape[:-1]))
 
 
 def _dense(
