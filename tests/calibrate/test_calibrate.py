@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_prefill import ops
-from moe_prefill.calibrate import Grid, calibrate, kernels
-from moe_prefill.calibrate.operations import LayerBench, layer_batch, one_layer
+from moe_prefill.calibrate import Grid, calibrate, kernels, operations
+from moe_prefill.calibrate.operations import LayerBench, alike, layer_batch, one_layer
 from moe_prefill.cli import main
 from moe_prefill.costmodel import layer_seconds, predict_sweep
 from moe_prefill.engine.load import open_model
@@ -61,6 +61,29 @@ def test_whole_layers_are_predicted_as_they_were_measured(monkeypatch):
     for tokens in (32, 128):
         parts = layer_seconds(one_layer(spec), 0, layer_batch(tokens), found, "float32")
         assert sum(parts.values()) == pytest.approx(tokens * 1e-3)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(256, 4096), (32, 1000), (128, 64), (16, 16)])
+def test_lengths_that_are_alike_and_not_equal(length, tokens):
+    lengths = alike(length, tokens)
+    assert lengths.sum() == tokens
+    assert len(lengths) == max(1, round(tokens / length))
+    if len(lengths) > 1:
+        assert 0.75 * length < lengths.min() < length < lengths.max() < 1.25 * length
+    assert layer_batch(tokens).num_tokens == tokens
+
+
+def test_attention_is_measured_in_the_chunks_of_a_sweep(monkeypatch):
+    spec, _ = open_model(DEMO, "dummy")
+    bench = LayerBench(spec, CPU, torch.float32, 0.01)
+    calls: list[int] = []
+    monkeypatch.setattr(operations, "attend", lambda decoder, q, k, v, chunk: calls.append(len(q)))
+    monkeypatch.setattr(bench, "_seconds", lambda work: work() or 1.0)
+    assert bench.attention(96, 256, 128) > 0
+    assert calls == [128, 128]
+    calls.clear()
+    bench.attention(300, 256, 128)
+    assert (len(calls), sum(calls)) == (3, 300), "at least one sequence"
 
 
 def test_a_model_without_experts_is_refused():

@@ -41,7 +41,7 @@ class Grid:
         if device.type == "cuda":
             rows, chunks = (64, 256, 1024, 4096, 16384, 32768), (8192, 16384, 32768)
             return cls(rows=rows, lengths=(128, 512, 2048, 8192, 32768), chunks=chunks, budget_s=0.3)
-        return cls(rows=(16, 128, 1024, 4096), lengths=(32, 128, 512, 2048), chunks=(1024, 4096), budget_s=0.1)
+        return cls(rows=(16, 128, 1024, 4096), lengths=(32, 128, 512, 2048, 4096), chunks=(1024, 4096), budget_s=0.1)
 
 
 def calibrate(
@@ -91,12 +91,9 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
     progress("matrix products")
     gemm = _gemm(bench, grid)
     grouped = _grouped(bench, grid, progress)
-    progress("attention")
-    longest = max(grid.rows)
-    attention = curve([(length, bench.attention(length, longest)) for length in grid.lengths])
     progress("memory")
     memory = bench.memory(_MEMORY_BYTES[kind])
-    return MachineProfile(
+    profile = MachineProfile(
         gpu=device_name(bench.device),
         driver=_driver() if kind == "cuda" else "",
         torch=torch.__version__,
@@ -105,13 +102,17 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
         model=model,
         gemm={bench.precision: gemm},
         grouped={bench.precision: grouped},
-        attention={bench.precision: attention},
+        attention={},
         elementwise={},
         memory_bandwidth=memory,
         layer_overhead_s=0.0,
         transfers={},
         bank_bytes=0,
     )
+    progress("attention")
+    rows, chunk = max(grid.rows), profile.chunk_rows
+    attention = curve([(length, bench.attention(length, rows, chunk)) for length in grid.lengths])
+    return replace(profile, attention={bench.precision: attention})
 
 
 def _gemm(bench: LayerBench, grid: Grid) -> Curve:

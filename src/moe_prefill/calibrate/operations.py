@@ -14,11 +14,11 @@ import torch
 
 from .. import ops
 from ..checkpoint import dummy_slots
-from ..core import AtomicRequest, ModelSpec
+from ..core import AtomicRequest, Int64Array, ModelSpec
 from ..costmodel import Batch, Rows, layer_seconds, layer_work
 from ..engine.banks import BankMemory
-from ..engine.plan import build_sweep_plan
-from ..engine.sweep import rope_rows, run_layer
+from ..engine.plan import SweepPlan, build_sweep_plan
+from ..engine.sweep import attend, rope_rows, run_layer
 from ..errors import UsageError
 from ..forest import SHARE_NOTHING
 from ..machine import Curve, MachineProfile
@@ -84,32 +84,37 @@ class LayerBench:
         taken_s = self._expert_product(x_RD, self._bank.gate_up, self._bank.gate_up_scale, ends)
         return taken_s + self._expert_product(hidden_RI, self._bank.down, self._bank.down_scale, ends)
 
-    def attention(self, length: int, tokens: int) -> float:
-        """FLOP/s of causal attention over sequences of ``length`` tokens, ``tokens`` in all or one sequence."""
-        spec, count = self.spec, max(1, tokens // length)
-        edges = np.arange(count + 1, dtype=np.int32) * length
-        spans = ops.Spans.on(self.device, edges, edges)
-        q_THd = self._random(count * length, spec.num_heads, spec.head_dim)
-        k_TGd, v_TGd = (self._random(count * length, spec.num_kv_heads, spec.head_dim) for _ in "kv")
-        taken_s = self._seconds(
-            lambda: ops.attention(q_THd, k_TGd, v_TGd, spans, causal=True, scale=self._decoder.scale)
-        )
-        pairs = Rows.of(0, length, count).num_pairs(None)
-        return 4 * spec.num_heads * spec.head_dim * pairs / taken_s
+    def attention(self, length: int, tokens: int, chunk_rows: int) -> float:
+        """FLOP/s of causal attention over sequences of about ``length`` tokens, ``tokens`` in all or one sequence, as a
+        sweep calls it: no two of the same length, and cut where ``chunk_rows`` rows end.
+        """
+        spec, lengths = self.spec, alike(length, max(length, tokens))
+        total = int(lengths.sum())
+        plan = self._plan(lengths, chunk_rows)
+        q_THd = self._random(total, spec.num_heads, spec.head_dim)
+        k_TGd, v_TGd = (self._random(total, spec.num_kv_heads, spec.head_dim) for _ in "kv")
+
+        def work() -> None:
+            for chunk in plan.last_chunks:
+                attend(self._decoder, q_THd[chunk.rows], k_TGd, v_TGd, chunk)
+
+        return 4 * spec.num_heads * spec.head_dim * Rows.of(0, lengths).num_pairs(None) / self._seconds(work)
 
     def layer(self, tokens: int, chunk_rows: int) -> float:
         """Seconds of the whole layer on ``tokens`` tokens, every row carried."""
-        plan = build_sweep_plan(
-            _requests(tokens),
-            [""] * -(-tokens // _FIT_LENGTH),
-            self.spec,
-            SHARE_NOTHING,
-            memory_plan(self.spec, self.dtype.itemsize, tokens, chunk_rows),
-            self.device,
-            prune_last=False,
-        )
+        plan = self._plan(alike(_FIT_LENGTH, tokens), chunk_rows)
         x_TD, rope = self._random(tokens, self.spec.hidden_size), rope_rows(plan, self.dtype)
         return self._seconds(lambda: run_layer(plan, self._decoder, self._layer, self._bank, 0, x_TD, rope))
+
+    def _plan(self, lengths: Int64Array, chunk_rows: int) -> SweepPlan:
+        """Of requests of these lengths that share nothing, every row carried."""
+        tokens = int(lengths.sum())
+        ids = np.random.default_rng(0).integers(0, _VOCABULARY, tokens).astype(np.int32)
+        requests = [AtomicRequest.candidates(part, [0]) for part in np.split(ids, lengths.cumsum()[:-1])]
+        memory = memory_plan(self.spec, self.dtype.itemsize, tokens, chunk_rows)
+        return build_sweep_plan(
+            requests, [""] * len(requests), self.spec, SHARE_NOTHING, memory, self.device, prune_last=False
+        )
 
     def elementwise(self, profile: MachineProfile, tokens: int) -> float:
         """Bytes/s that all of a layer but its products reaches: what its time leaves beside theirs, which ``profile``
@@ -171,16 +176,20 @@ class LayerBench:
 
 def layer_batch(tokens: int) -> Batch:
     """The batch that ``LayerBench.layer`` times, as the cost model sees it."""
-    return Batch.uniform(tokens, _FIT_LENGTH, prune_last=False)
+    rows = Rows.of(0, alike(_FIT_LENGTH, tokens))
+    return Batch(rows, rows, len(rows.length), 2 * len(rows.length))
+
+
+def alike(length: int, tokens: int) -> Int64Array:
+    """``tokens`` tokens as lengths that differ by up to a fifth around ``length``: equal ones would meet kernels that
+    compute sequences of one shape together, and in real sweeps few are equal.
+    """
+    count = max(1, round(tokens / length))
+    ends = np.linspace(0.8, 1.2, count).cumsum()
+    lengths: Int64Array = np.diff((ends * tokens / ends[-1]).round().astype(np.int64), prepend=0)
+    return lengths
 
 
 def curve(sizes: list[tuple[float, float]]) -> Curve:
     """From (size, rate) points, sizes that repeat left out."""
     return Curve.of(list(dict(sizes).items()))
-
-
-def _requests(tokens: int) -> list[AtomicRequest]:
-    """Random tokens, ``_FIT_LENGTH`` a request, the last one shorter if need be; each asks after its last token."""
-    ids = np.random.default_rng(0).integers(0, _VOCABULARY, tokens).astype(np.int32)
-    cuts = range(_FIT_LENGTH, tokens, _FIT_LENGTH)
-    return [AtomicRequest.candidates(part, [0]) for part in np.split(ids, cuts)]
