@@ -15,8 +15,20 @@ import torch
 from ..errors import OutputError
 
 # What makes two cells the same measurement, so that a new one takes the old one's place.
-_IDENTITY = ("gpu", "model", "layers", "precision", "tokens", "siblings", "strategy", "residency", "prune_last")
-_ROUTING = ("dummy_skew", "peer")
+_IDENTITY = (
+    "gpu",
+    "gpus",
+    "part",
+    "model",
+    "layers",
+    "precision",
+    "tokens",
+    "siblings",
+    "strategy",
+    "residency",
+    "prune_last",
+)
+_ROUTING = ("dummy_skew", "peer", "policy", "pullers", "sliced", "staggered", "transport")
 
 
 def report_head(command: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""Cells of sides: the settings that are predicted to be best are tried, and the fastest is measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_prefill.bench import save_report
+from moe_prefill.core import AtomicRequest
+from moe_prefill.engine import LocalEngine
+from moe_prefill.engine.load import open_model
+from moe_prefill.errors import MoePrefillError
+from moe_prefill.machine import datasheet_peak
+
+from .contenders import AsyncEp, Contender, Rank, Setting, Side, contender_of, settings_of
+
+GIB = 1 << 30
+
+
+def run_rank(
+    rank: int, size: int, sides: Sequence[Side], options: argparse.Namespace, folder: str, head: dict[str, Any]
+) -> None:
+    """What each process does: every side in turn; the first rank writes the results behind each."""
+    mine = Rank(rank, size, options, folder)
+    for side in sides:
+        cells, refused = [], []
+        try:
+            contender = contender_of(mine, side)
+        except MoePrefillError as error:
+            refused.append(str(error))
+        else:
+            for tokens in side.lengths:
+                forecast = options.forecasts[side, tokens]
+                found, tried = measure(mine, contender, tokens, forecast.best_first or settings_of(options, side))
+                cells += [found | compared(found, forecast.cell)] if found is not None else []
+                refused += [] if found is not None else [f"{tokens} tokens: {tried or 'no setting holds a request'}"]
+            contender.close()
+        if rank == 0:
+            report(options, head, side, cells, refused)
+    dist.destroy_process_group()
+
+
+def report(
+    options: argparse.Namespace, head: dict[str, Any], side: Side, cells: list[dict[str, Any]], refused: list[str]
+) -> None:
+    """Print a side's cells and add them, and what was refused, to the results."""
+    old = json.loads(options.out.read_text(encoding="utf-8")).get("refused", []) if options.out.exists() else []
+    new = [f"{side.part}, {side.gpus} GPUs, {side.name}, skew {side.skew:g}: {why}" for why in refused]
+    head = {**head, "refused": list(dict.fromkeys(old + new))}
+    for cell in cells:
+        shown = f"{cell['tokens_per_s']:>12,.0f} tokens/s"
+        print(f"{side.part:10} {side.name:18} skew {side.skew:<4g} {cell['tokens']:>7,}: {shown}", flush=True)
+    for why in refused:
+        print(f"{side.part:10} {side.name:18} skew {side.skew:<4g} refused: {why}", flush=True)
+    save_report(options.out, head, cells, append=True)
+
+
+def requests_of(rank: Rank, side: Side, tokens: int, vocab: int) -> list[AtomicRequest]:
+    """The same ids for every strategy: all of them, or this rank's part."""
+    count = max(1, rank.options.run_tokens // tokens) * rank.size * (2 if side.strategy == "pp+pp" else 1)
+    ids = np.random.default_rng(tokens).integers(0, vocab, (count, tokens), dtype=np.int32)
+    mine = ids[rank.rank :: rank.size] if side.owns_requests else ids
+    return [AtomicRequest.candidates(row, [3, 5]) for row in mine]
+
+
+def compared(cell: dict[str, Any], forecast: dict[str, Any]) -> dict[str, Any]:
+    """What was predicted beside what was measured."""
+    found = {key: value for key, value in forecast.items() if key.startswith("predicted_")}
+    if "predicted_tokens_per_s" in found:
+        found["measured_over_predicted"] = cell["tokens_per_s"] / found["predicted_tokens_per_s"]
+    return found
+
+
+def measure(
+    rank: Rank, contender: Contender, tokens: int, best_first: Sequence[Setting]
+) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """A cell, where any setting fits, and what was refused. Of the settings that fit, as many as ``--search`` says are
+    run once to warm up and once timed; the fastest is measured.
+    """
+    if rank.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rank.device)
+    spec, _ = open_model(rank.options.model, "dummy", contender.side.layers)
+    requests = requests_of(rank, contender.side, tokens, spec.vocab_size)
+    fitting = [each for each in best_first if each in contender.settings and each.sweep_tokens >= tokens]
+    tried: dict[Setting, float] = {}
+    for setting in fitting[: rank.options.search]:
+        with contender.engine(setting) as engine:
+            rank.seconds(engine, requests)
+            tried[setting] = rank.seconds(engine, requests)
+    if not tried:
+        return None, contender.refused
+    best = min(tried, key=lambda setting: tried[setting])
+    with contender.engine(best) as engine:
+        cell = cell_of(rank, contender, engine, best, requests, tokens)
+    searched = {str(setting): took for setting, took in tried.items()}
+    return cell | {"searched_s": searched, "refused": contender.refused}, contender.refused
+
+
+def cell_of(
+    rank: Rank, contender: Contender, engine: LocalEngine, setting: Setting, requests: list[AtomicRequest], tokens: int
+) -> dict[str, Any]:
+    previous = rank.seconds(engine, requests)
+    for _ in range(rank.options.warm_up):
+        now = rank.seconds(engine, requests)
+        agreed, previous = abs(now - previous) <= 0.02 * previous, now
+        if agreed:
+            break
+    flops, exposed, sweeps = engine.stats.flops, engine.stats.exposed_s, engine.stats.sweeps
+    runs = [rank.seconds(engine, requests) for _ in range(rank.options.least_runs)]
+    while sum(runs) < rank.options.seconds:
+        runs.append(rank.seconds(engine, requests))
+    side = contender.side
+    median, each = statistics.median(runs), rank.size if side.owns_requests else 1
+    flops = (engine.stats.flops - flops) // len(runs)
+    flops, total = rank.total(flops) if each > 1 else flops, len(requests) * each * tokens
+    cell = {
+        **cell_head(rank.options, side, tokens),
+        "layers": engine.spec.num_layers,
+        "requests": len(requests) * each * len(runs),
+        "sweep_tokens": setting.sweep_tokens,
+        "transport": rank.options.transport if side.residency else dist.get_backend(),
+        "tokens_per_s": total / median,
+        "sweep_ms": 1e3 * median * setting.sweep_tokens * each / total,
+        "expert_load_max_over_mean": expert_load(rank, contender, engine, requests),
+        "command": "python " + " ".join(sys.argv),
+    }
+    if isinstance(contender, AsyncEp):
+        levels = engine.residency.levels if engine.residency is not None else ()
+        cell["levels"] = ", ".join(f"{levels.count(level)} {level}" for level in dict.fromkeys(levels) if level)
+        cell["exposed_ms"] = 1e3 * (engine.stats.exposed_s - exposed) / max(1, engine.stats.sweeps - sweeps)
+    if rank.device.type == "cuda":
+        cell["peak_hbm_gib"] = rank.most(torch.cuda.max_memory_allocated(rank.device)) / GIB
+        precision = {"fp8": "float8", "bf16": "bfloat16", "fp32": "float32"}[rank.options.precision]
+        peak = datasheet_peak(torch.cuda.get_device_name(rank.device), precision)
+        if peak is not None:
+            cell["mfu"] = flops / median / (peak * rank.size)
+    return cell
+
+
+def cell_head(options: argparse.Namespace, side: Side, tokens: int | str) -> dict[str, Any]:
+    """What a cell is of, measured or predicted."""
+    found = {
+        "part": side.part,
+        "engine": "moe-prefill",
+        "model": options.name,
+        "layers": side.layers,
+        "precision": options.precision,
+        "gpus": side.gpus,
+        "strategy": side.strategy,
+        "residency": side.residency,
+        "dummy_skew": side.skew,
+        "tokens": tokens,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def expert_load(rank: Rank, contender: Contender, engine: LocalEngine, requests: list[AtomicRequest]) -> float:
+    """Tokens of the most loaded expert over the mean, averaged over layers; from one run that is not timed."""
+    counts: dict[int, torch.Tensor] = {}
+    decoder, route = engine._decoder, engine._decoder.route
+
+    def counted(weights: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = route(weights, x)
+        found = torch.bincount(chosen[1].flatten(), minlength=engine.spec.num_experts)
+        key = id(weights)
+        counts[key] = counts[key] + found if key in counts else found
+        return chosen
+
+    decoder.route = counted  # type: ignore[method-assign]
+    engine.score(requests)
+    decoder.route = route  # type: ignore[method-assign]
+    loads = torch.stack(list(counts.values())).cpu()
+    if contender.side.owns_requests:
+        loads = torch.from_numpy(rank.collectives.gather_host(loads.flatten().tolist()).sum(0)).view(loads.shape)
+    return float((loads.max(1).values / loads.double().mean(1)).mean())
