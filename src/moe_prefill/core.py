@@ -24,6 +24,8 @@ Level = Literal["resident", "sharded", "offloaded", "hybrid"]  # where a bank li
 # where sweeps are short; or each to all ranks, which compute it together.
 Schedule = Literal["free", "rounds", "together"]
 
+NOT_KEPT = "\0not kept"  # salt of requests of which no pool keeps anything: a warm-up's
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
@@ -116,7 +118,7 @@ class AtomicRequest:
     distribution is asked. ``ids`` int32 [C] with ``id_offsets`` int32 [A + 1]: the candidate ids of asked position a
     are ``ids[id_offsets[a]:id_offsets[a + 1]]`` (possibly none). ``vocabulary`` asks for the log-partition over the
     whole vocabulary at every asked position; ``top_k`` for that many most likely tokens (needs ``vocabulary``).
-    ``salt``: requests with different salts never share computed state.
+    ``salt``: requests with different salts never share computed state; those with ``NOT_KEPT`` leave none behind.
     """
 
     tokens: Int32Array

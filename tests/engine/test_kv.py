@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_prefill import Engine
 from moe_prefill.blocks import BlockHasher, HashedSweep, usable_blocks
-from moe_prefill.core import AtomicRequest
+from moe_prefill.core import NOT_KEPT, AtomicRequest
 from tests.reference import (
     FAMILIES,
     VOCAB,
@@ -139,6 +139,20 @@ def test_salted_requests_hit_only_their_own(converted):
         request = question(document, 6, salt=salt)
         assert_same(engine.score([request]), engine_of(converted).score([request]))
         assert engine.stats.pooled_tokens - before == hit, salt
+
+
+def test_a_warm_up_leaves_nothing_in_the_pool(converted):
+    document = random_tokens(80, 3)
+    engine = engine_of(converted, kv_blocks=40)
+    kept = question(document, 5)
+    engine.score([kept])
+    pool = engine.snapshot().changes
+    for _ in range(2):
+        engine.score([question(document, 5, salt=NOT_KEPT), question(random_tokens(200, 4), 5, salt=NOT_KEPT)])
+    assert engine.stats.pooled_tokens == 0
+    assert engine.snapshot().changes == pool
+    assert_same(engine.score([kept]), engine_of(converted).score([kept]))
+    assert engine.stats.pooled_tokens == 80
 
 
 def test_two_salts_in_one_sweep_keep_apart(converted):

@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
-from ..core import Int32Array
+from ..core import NOT_KEPT, Int32Array
 
 BLOCK_TOKENS = 16
 _BLOCK_BYTES = 4 * BLOCK_TOKENS
@@ -28,7 +28,9 @@ class BlockHasher:
         self._root = lru_cache(maxsize=4096)(lambda tenant, salt: _root(model, tenant, salt))
 
     def chain(self, tokens: Int32Array, *, tenant: str = "", salt: str = "") -> list[Digest]:
-        """Digests of the whole blocks of ``tokens`` (int32 [T]), T // 16 of them."""
+        """Digests of the whole blocks of ``tokens`` (int32 [T]), T // 16 of them; none under the salt ``NOT_KEPT``."""
+        if salt == NOT_KEPT:
+            return []
         data = tokens.astype("<i4", copy=False).tobytes()
         digest, chain, size = self._root(tenant, salt), [], _DIGEST_BYTES
         for end in range(_BLOCK_BYTES, len(data) + 1, _BLOCK_BYTES):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from ..blocks import BlockEvents, HashedSweep
-from ..core import AtomicRequest, RankFacts
+from ..core import NOT_KEPT, AtomicRequest, RankFacts
 from ..errors import MoePrefillError
 from ..messages import (
     VERSION,
@@ -136,7 +136,9 @@ def warm_up(engine: LocalEngine) -> float:
     full sweep may take, in seconds: on a CPU in proportion to its tokens, while a GPU needs many to be busy at all.
     """
     tokens = np.zeros(min(_WARM_UP_TOKENS, engine.limits.max_request_tokens), np.int32)
-    asked = [AtomicRequest.candidates(tokens, [0]), AtomicRequest.candidates(tokens, [0], vocabulary=True)]
+    asked = [
+        AtomicRequest.candidates(tokens, [0], vocabulary=vocabulary, salt=NOT_KEPT) for vocabulary in (False, True)
+    ]
     for _ in range(2):
         start = time.perf_counter()
         for _ in engine.compute([asked]):
