@@ -48,7 +48,8 @@ class Loaded:
         """For people: loading Qwen/Qwen3-30B-A3B (61.1 GB, bfloat16, cuda)."""
         size = None if self.num_bytes is None else size_text(self.num_bytes)
         device = None if self.device == "auto" else self.device
-        return f"loading {self.model} ({', '.join(filter(None, (size, self.dtype, device)))})"
+        about = ", ".join(filter(None, (size, self.dtype, device)))
+        return f"loading {self.model}" + (f" ({about})" if about else "")
 
 
 @contextmanager

@@ -333,7 +333,7 @@ class _Planner:
         )
 
     def _host_there_is(self, host: Mapping[str, int]) -> str:
-        if self.budget.kind == "cpu" and not host:
+        if self.budget.kind == "cpu" and not any(host.values()):
             return ""
         unbounded = self.budget.host_bytes >= UNBOUNDED
         there = "no limit of it is given" if unbounded else f"there are {show_bytes(self.budget.host_bytes)}"

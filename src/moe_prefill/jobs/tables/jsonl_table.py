@@ -105,7 +105,7 @@ def parse_line(text: str) -> JsonLine:
 
 
 def _bad(text: str, why: str) -> JsonLine:
-    return JsonLine(text, {BAD_LINE: text}, RowError("bad_json", f"{why}; it is kept in the column {BAD_LINE!r}"))
+    return JsonLine(text, {BAD_LINE: text}, RowError("bad_json", why))
 
 
 def _refuse_constant(name: str) -> object:
