@@ -138,7 +138,7 @@ def test_the_pace_of_overlapping_calls_is_the_engines_own():
     begin_s = clock()
     for call in calls:
         clock.now_s += 1.0
-        scheduler._learn(call.lane, call.tokens, begin_s)
+        scheduler._learn(call.tokens, begin_s)
     assert scheduler.pace.tokens_per_s == pytest.approx(100)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moe_prefill.core import AtomicResult
 from moe_prefill.errors import WorkerError
 from moe_prefill.server.fairqueue import FairQueue, make_work
+from moe_prefill.server.pace import Pace
 from moe_prefill.server.refusals import Refused
 from moe_prefill.server.scheduler import Call, Policy, Scheduler
 
@@ -121,6 +122,46 @@ def test_siblings_cost_what_they_add():
     second[-1] ^= 1
     siblings = [type(long).candidates(tokens, [1]) for tokens in (first, second)]
     assert sorted(make_work(siblings)[0].costs) == [1, 100]
+
+
+def test_calls_of_batches_are_small_while_interactive_requests_come():
+    scheduler, clock, _ = scheduler_of(max_wait_s=0, batch_sweep_s=0.5, interactive_wait_s=0.1)  # at 1000 tokens/s
+
+    def batch(count):
+        scheduler.submit(work_of(*[19] * count), "batch")
+
+    def sizes():
+        return [(call.lane, call.num_requests) for call in run_all(scheduler, clock)]
+
+    batch(1)
+    run_all(scheduler, clock)  # the speed is known now
+    batch(60)
+    assert sizes() == [("batch", 26), ("batch", 26), ("batch", 8)]
+    scheduler.submit(work_of(30))
+    batch(15)
+    assert sizes() == [("interactive", 1), ("batch", 5), ("batch", 5), ("batch", 5)]
+    clock.now_s += 4.0
+    batch(15)
+    assert sizes() == [("batch", 5)] * 3, "the last one came less than five seconds ago"
+    clock.now_s += 5.0
+    batch(15)
+    assert sizes() == [("batch", 15)]
+
+
+def test_a_batch_beside_interactive_requests_is_never_in_larger_calls_than_alone():
+    scheduler, _, _ = scheduler_of(batch_sweep_s=0.02, interactive_wait_s=0.1)
+    assert scheduler.paces["beside"].call_s == scheduler.paces["batch"].call_s == pytest.approx(0.02)
+
+
+def test_calls_do_not_shrink_to_nothing_where_every_call_takes_longer_than_asked():
+    """As where weights are streamed: a second for whatever is computed, and one for 1000 tokens."""
+    pace = Pace(0.05)
+    pace.fixed_s = 1.0
+    pace.add(64, 1.064)
+    for _ in range(50):
+        tokens = pace.call_tokens
+        pace.add(tokens, 1.0 + tokens / 1000)
+    assert pace.call_tokens == pytest.approx(1000, rel=0.05), "half of the time is for tokens"
 
 
 def test_batches_run_only_when_nothing_interactive_waits():

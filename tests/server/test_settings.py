@@ -9,10 +9,11 @@ import pytest
 from moe_prefill.cli import main
 from moe_prefill.config import EngineConfig
 from moe_prefill.errors import MoePrefillError, PlanError, RowError, TaskError, UsageError
+from moe_prefill.server import warmup
 from moe_prefill.server.keys import Keys, new_key
+from moe_prefill.server.pace import Pace
 from moe_prefill.server.refusals import Refused
 from moe_prefill.server.run import bind, model_names, prepare
-from moe_prefill.server.scheduler import Pace
 from moe_prefill.server.settings import ServerConfig, read_settings
 from moe_prefill.server.warmup import warm_up
 
@@ -115,6 +116,14 @@ def test_the_warm_up_computes_the_largest_call_and_learns_the_pace():
     count = len(engine.calls)
     warm_up(engine, [pace], "off")
     assert len(engine.calls) == count
+
+
+def test_the_warm_up_learns_what_the_smallest_call_takes(monkeypatch):
+    monkeypatch.setattr(warmup, "_compute", lambda engine, lengths: 1.0 + sum(lengths) / 1000)
+    pace = Pace(0.05)
+    warm_up(FakeEngine(), [pace], "small")
+    assert pace.fixed_s == 1.064
+    assert pace.call_s == 2 * 1.064
 
 
 def test_a_warm_up_that_fails_is_an_error():

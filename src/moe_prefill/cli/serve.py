@@ -31,6 +31,7 @@ SERVER_FLAGS = {
     "max_wait_ms": Flag(help="How long a call waits for more requests when few are there.", panel=_QUEUE),
     "max_sweep_s": Flag(help="Work of one call of the engine, seconds.", panel=_QUEUE),
     "batch_sweep_s": Flag(help="Work of one call for batches, seconds.", panel=_QUEUE),
+    "interactive_wait_ms": Flag(help="The same while interactive requests come.", panel=_QUEUE),
     "max_queue_requests": Flag(help="Requests inside at once; more get 429.", panel=_QUEUE),
     "max_queue_tokens": Flag(help="Tokens that wait at most; default: eight sweeps.", panel=_QUEUE),
     "tenant_share": Flag(help="Part of the queue that one of several tenants may fill.", panel=_QUEUE),

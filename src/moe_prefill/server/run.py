@@ -133,6 +133,7 @@ def assemble(
         max_wait_s=server.max_wait_ms / 1000,
         max_sweep_s=server.max_sweep_s,
         batch_sweep_s=server.batch_sweep_s,
+        interactive_wait_s=server.interactive_wait_ms / 1000,
         tenant_share=server.tenant_share if keys is not None and keys.num_tenants > 1 else 1.0,
     )
     scheduler = Scheduler(scoring, policy)

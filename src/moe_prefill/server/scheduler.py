@@ -3,7 +3,8 @@ once.
 
 A call takes what is queued, as late as possible: the oldest first, interactive work before batches. When little is
 there it waits a moment for more. It carries at most as many tokens as the engine, by its speed so far, computes in
-``max_sweep_s``, so that who comes next does not wait longer than that.
+``max_sweep_s``, so that who comes next does not wait longer than that. Calls of batches are smaller, and much smaller
+while interactive requests come.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from ..core import ScoringEngine
 from ..errors import MoePrefillError, WorkerError
 from .backends import Answers, backend_of
 from .fairqueue import FairQueue, Part, Work
+from .pace import Pace
 from .refusals import Refused, overloaded, unavailable
 
 _log = logging.getLogger(__name__)
+_QUIET_S = 5.0  # since the last interactive request: nobody is likely to come during the next call
 
 Lane = Literal["interactive", "batch"]
+Size = Literal["interactive", "batch", "beside"]  # of calls; beside: of batches, while interactive requests come
 State = Literal["starting", "ready", "draining", "drained", "failed", "closed"]
 
 
@@ -37,35 +41,8 @@ class Policy:
     max_wait_s: float = 0.002
     max_sweep_s: float = 1.0
     batch_sweep_s: float = 0.25
+    interactive_wait_s: float = 0.05  # for a batch's call, while interactive requests come
     tenant_share: float = 1.0
-
-
-class Pace:
-    """How many tokens a call may carry to take ``call_s`` seconds, by what calls took so far.
-
-    A call's time is some fixed part and some part for each token, so what a smaller call promises is too little:
-    it may raise the number, and only a call of about that size may lower it.
-    """
-
-    def __init__(self, call_s: float) -> None:
-        self.call_s = call_s
-        self.call_tokens: float | None = None  # None: nothing was measured
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return None if self.call_tokens is None else self.call_tokens / self.call_s
-
-    def add(self, tokens: int, seconds: float) -> None:
-        estimate = max(1.0, tokens * self.call_s / max(seconds, 1e-6))
-        if self.call_tokens is None:
-            self.call_tokens = estimate
-        elif estimate >= self.call_tokens or tokens >= self.call_tokens / 2:
-            self.call_tokens = min(estimate, 4 * self.call_tokens)  # one odd call does not open the gates
-
-    def seconds(self, tokens: float) -> float:
-        """Predicted time of that many tokens; 0 before anything was measured."""
-        rate = self.tokens_per_s
-        return tokens / rate if rate else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,9 +79,10 @@ class Scheduler:
         self.policy = policy
         self._backend = backend_of(engine)
         calls = self._backend.calls_at_once  # together they take as long as one may
-        self.paces: dict[Lane, Pace] = {
+        self.paces: dict[Size, Pace] = {
             "interactive": Pace(policy.max_sweep_s / calls),
             "batch": Pace(policy.batch_sweep_s / calls),
+            "beside": Pace(min(policy.batch_sweep_s, policy.interactive_wait_s) / calls),
         }
         self.state: State = "starting"
         self.observe: Callable[[Call, float], None] = lambda call, seconds: None
@@ -113,6 +91,7 @@ class Scheduler:
         self._queues: dict[Lane, FairQueue] = {"interactive": FairQueue(), "batch": FairQueue()}
         self._running: list[Call] = []
         self._learnt_s = -math.inf  # when the last call ended
+        self._asked_s = -math.inf  # when the last interactive request came
         self._threads = [
             threading.Thread(target=self._live, name=f"scheduler-{number}", daemon=True) for number in range(calls)
         ]
@@ -172,6 +151,8 @@ class Scheduler:
             if lane == "interactive":
                 self._check_room(work)
             work.arrived_s = self._clock()
+            if lane == "interactive":
+                self._asked_s = work.arrived_s
             self._queues[lane].push(work)
             self._changed.notify_all()
 
@@ -205,7 +186,7 @@ class Scheduler:
                 computed += part.computed_tokens(answers)
                 self._answer(part, answers)
             assert not missing, f"{len(missing)} parts of a call were not answered"
-            self._learn(call.lane, computed, begin_s)
+            self._learn(computed, begin_s)
         except Exception as error:  # whatever it is, nobody may wait for ever
             # Only our own messages are known to hold nothing of a prompt.
             why = error if isinstance(error, MoePrefillError) else type(error).__name__
@@ -225,12 +206,12 @@ class Scheduler:
         if complete:
             part.work.resolve(part.work.answers)
 
-    def _learn(self, lane: Lane, tokens: int, begin_s: float) -> None:
+    def _learn(self, tokens: int, begin_s: float) -> None:
         """How long the engine took for a call that computed so many tokens: not while it was at the call before."""
         with self._changed:
             now_s = self._clock()
-            if tokens:
-                self.paces[lane].add(tokens, now_s - max(begin_s, self._learnt_s))
+            for pace in self.paces.values() if tokens else ():
+                pace.add(tokens, now_s - max(begin_s, self._learnt_s))
             self._learnt_s = now_s
 
     def drain(self, seconds: float, coming: Callable[[], int] = lambda: 0) -> int:
@@ -281,8 +262,14 @@ class Scheduler:
 
     def _budget(self, lane: Lane) -> float:
         """Tokens of one call. Before anything was measured, one sweep's."""
-        tokens = self.paces[lane].call_tokens
+        tokens = self.paces["beside" if lane == "batch" and self._in_use else lane].call_tokens
         return float(self.engine.limits.max_sweep_tokens) if tokens is None else self._backend.fitting(tokens)
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether interactive requests come. With the lock."""
+        running = any(call.lane == "interactive" for call in self._running)
+        return running or self._clock() - self._asked_s < _QUIET_S
 
     def _check_room(self, work: Work) -> None:
         queue, policy = self._queues["interactive"], self.policy

@@ -115,11 +115,15 @@ class Service:
         self.scheduler = scheduler
         policy = scheduler.policy
         self.permits = Permits(policy.max_queue_requests, policy.tenant_share)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._pools: dict[Lane, ThreadPoolExecutor] = {  # nobody interactive queues behind the lines of a batch
+            "interactive": ThreadPoolExecutor(threads, thread_name_prefix="tokenize"),
+            "batch": ThreadPoolExecutor(1, thread_name_prefix="batch"),
+        }
 
     def close(self) -> None:
         self.scheduler.close()
-        self._pool.shutdown(cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
 
     def drain(self, seconds: float) -> int:
         """Refuse new requests, answer those that are inside; blocks. Returns how many got a 503 in the end."""
@@ -149,8 +153,8 @@ class Service:
             return replace(failed(error, request_id, dialect), timings=Timings(total_s=time.monotonic() - begin_s))
 
     async def _serve(self, endpoint: Endpoint, body: bytes, caller: Caller, lane: Lane, begin_s: float) -> Answer:
-        loop = asyncio.get_running_loop()
-        ready = await loop.run_in_executor(self._pool, _plan, endpoint, self.context, body, caller)
+        loop, pool = asyncio.get_running_loop(), self._pools[lane]
+        ready = await loop.run_in_executor(pool, _plan, endpoint, self.context, body, caller)
         answers: Answers = []
         queue_s = inference_s = 0.0
         if ready.work is not None:
@@ -163,7 +167,7 @@ class Service:
         if ready.num_values <= _SMALL_REPLY:  # a change of threads would take longer
             told = ready.reply(answers)
         else:
-            told = await loop.run_in_executor(self._pool, ready.reply, answers)
+            told = await loop.run_in_executor(pool, ready.reply, answers)
         now_s = time.monotonic()
         return Answer(
             status=200,

@@ -28,8 +28,9 @@ class ServerConfig:
     ``served_model_name``: the accepted names, the first is told; default: the model's; ``*`` accepts any.
     ``max_queue_tokens`` None: eight sweeps. ``api_keys`` and the tasks are TOML files. ``data_dir`` holds files and
     batches; without it they are not offered. ``tenant_share`` of the queue is what one tenant may fill, where there
-    are several. ``routing``: how several workers get their requests, one of ``frontend.POLICIES``; "off": each whole
-    sweep to whoever is free.
+    are several. ``interactive_wait_ms``: for a call of a batch, which is at most that long while interactive requests
+    come, else ``batch_sweep_s``. ``routing``: how several workers get their requests, one of ``frontend.POLICIES``;
+    "off": each whole sweep to whoever is free.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +46,7 @@ class ServerConfig:
     max_wait_ms: float = 2.0
     max_sweep_s: float = 1.0
     batch_sweep_s: float = 0.25
+    interactive_wait_ms: float = 50.0
     max_queue_requests: int = 512
     max_queue_tokens: int | None = None
     tenant_share: float = 0.5
@@ -65,6 +67,7 @@ class ServerConfig:
         for name in (
             "max_sweep_s",
             "batch_sweep_s",
+            "interactive_wait_ms",
             "max_queue_requests",
             "max_queue_tokens",
             "max_rows",

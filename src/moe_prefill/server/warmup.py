@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core import AtomicRequest, ScoringEngine
 from ..errors import PlanError
-from .scheduler import Pace
+from .pace import Pace
 from .settings import Warmup
 
 _SMALL = 64  # tokens
@@ -27,10 +27,11 @@ def warm_up(engine: ScoringEngine, paces: Collection[Pace], mode: Warmup) -> Non
         return
     limits = engine.limits
     small = min(_SMALL, limits.max_request_tokens)
-    for _ in range(2):  # the first calls also compile and allocate
-        _compute(engine, [small])
+    _compute(engine, [small])  # the first call also compiles and allocates
+    fixed_s = _compute(engine, [small])
     seconds = _compute(engine, [small] * 8)
     for pace in paces:
+        pace.fixed_s = fixed_s
         pace.add(small * 8, seconds)
     if mode == "limit":
         _compute(engine, [limits.max_request_tokens])
