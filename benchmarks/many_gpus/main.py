@@ -98,7 +98,7 @@ def finish(options: argparse.Namespace, head: dict[str, Any]) -> None:
 
 def plot(options: argparse.Namespace, cells: list[dict[str, Any]], what: str) -> None:
     path = predicted_path(options.out) if options.predict_only else options.out
-    path.with_suffix(".svg").write_text(figure(cells, f"{options.name} {options.precision}: {what}"), encoding="utf-8")
+    path.with_suffix(".svg").write_text(figure(cells, f"asyncep and the baselines, {what}"), encoding="utf-8")
 
 
 def predicted_path(out: Path) -> Path:
@@ -108,16 +108,17 @@ def predicted_path(out: Path) -> Path:
 def save_predictions(
     options: argparse.Namespace, head: dict[str, Any], profile: MachineProfile, cells: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Written before anything runs; predictions for other numbers of GPUs stay in the file. All that it then has."""
+    """Written before anything runs, beside those for other models and numbers of GPUs; all that the file then has."""
     path, mine = predicted_path(options.out), with_ratios(cells, "predicted_tokens_per_s", "predicted_ratio")
     kept: list[dict[str, Any]] = []
     if path.exists():
-        new = {(cell["part"], cell["gpus"]) for cell in mine}
+        new = {(cell["model"], cell["part"], cell["gpus"]) for cell in mine}
         old = json.loads(path.read_text(encoding="utf-8"))["predictions"]
-        kept = [cell for cell in old if (cell["part"], cell["gpus"]) not in new]
+        kept = [cell for cell in old if (cell["model"], cell["part"], cell["gpus"]) not in new]
     about = {"note": NOTE, "for": profile.gpu, "rates": "estimated" if profile.is_estimated else profile.date}
     memory = {"assumed_hbm_gib": options.assumed_hbm_gib, "assumed_host_gib": options.assumed_host_gib}
-    head = {key: head[key] for key in ("date", "command", "git")}
+    mine = [{**cell, "command": head["command"]} for cell in mine]
+    head = {key: head[key] for key in ("date", "git")}
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {**about, **memory, **head, "predictions": kept + mine}
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -27,16 +27,17 @@ def figure(cells: Sequence[dict[str, Any]], title: str) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         if cell.get("part") == "strategies" and (_measured(cell) or _predicted(cell)):
-            groups.setdefault((cell["gpus"], cell["dummy_skew"], cell["tokens"]), []).append(cell)
+            key = (f"{cell['model']} {cell['precision']}", cell["gpus"], cell["dummy_skew"], cell["tokens"])
+            groups.setdefault(key, []).append(cell)
     y, parts = float(_TOP), []
-    for (gpus, skew, tokens), members in sorted(groups.items()):
+    for (model, gpus, skew, tokens), members in sorted(groups.items()):
         most = max(max(_measured(cell), _predicted(cell)) for cell in members)
-        name = f"{gpus} GPUs, {tokens:,} tokens, skew {skew:g}"
-        parts.append(f'<text x="8" y="{y + 12}">{escape(name)}</text>')
+        for line, words in enumerate((model, f"{gpus} GPUs, {tokens:,} tokens, skew {skew:g}")):
+            parts.append(f'<text x="8" y="{y + 12 + 14 * line}">{escape(words)}</text>')
         for cell in members:
             parts.append(_bar(cell, y, most))
             y += _BAR + 2
-        y += _GAP
+        y += _GAP + max(0, 2 - len(members)) * _BAR
     head = f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'
     note = '<text x="8" y="34" fill="#555">tokens/s; filled: measured, outlined or tick: predicted</text>'
     return (
