@@ -177,7 +177,7 @@ def parsed(description: str, *, gpus: int, model: str, quantization: str | None,
     add("--transport", choices=("copy-engine", "nccl"), default="copy-engine", help="of asyncep, sharded")
     add("--tokens", type=numbers, default=[256, 4096, 32768, 131072])
     add("--sweeps", type=numbers, default=[65536, 131072])
-    add("--chunks", type=numbers, default=[16384, 32768])
+    add("--chunks", type=numbers, default=[16384, 32768, 65536])
     add("--micro-batches", type=numbers, default=[4, 8])
     add("--search", type=int, default=2, help="settings that are tried, those predicted to be best")
     add("--run-tokens", type=int, default=131072, help="tokens a GPU in one run")

@@ -87,6 +87,7 @@ def test_the_aggregated_workload_with_the_frontend_and_without(model, tmp_path):
     out = tmp_path / "out.json"
     head = {"gpu": "cpu", "date": "2026-01-01", "git": "0", "torch": "2", "command": "x"}
     kept = {"part": "strategies", "strategy": "dp+ep", "gpus": 8, "tokens": 256, "dummy_skew": 1.0, "tokens_per_s": 1.0}
+    kept |= {"model": "m", "precision": "fp8"}
     out.write_text(json.dumps({**head, "cells": [kept]}))
     report = run("two_gpu", out, *small(model, "aggregated"))
     first, *cells = report["cells"]
