@@ -14,20 +14,20 @@ _TEXT: dict[str, Any] = {"type": "string"}
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
 
-def _either(*schemas: dict[str, Any]) -> WithJsonSchema:
+def either(*schemas: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(schemas)})
 
 
-def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+def list_of(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": schema, "minItems": 1}
 
 
 # Checked by ``prompts_of`` and ``Context.ids``: pydantic would try every form of a union on every token.
-Prompts = Annotated[Any, _either(_TEXT, _list_of(_TEXT), _list_of(_IDS["items"]), _list_of(_IDS))]
-Texts = Annotated[Any, _either(_TEXT, _list_of(_TEXT))]
-TextOrIds = Annotated[Any, _either(_TEXT, _IDS)]
+Prompts = Annotated[Any, either(_TEXT, list_of(_TEXT), list_of(_IDS["items"]), list_of(_IDS))]
+Texts = Annotated[Any, either(_TEXT, list_of(_TEXT))]
+TextOrIds = Annotated[Any, either(_TEXT, _IDS)]
 Ids = Annotated[Any, WithJsonSchema(_IDS)]
-Items = Annotated[Any, _either(_TEXT, _list_of(_TEXT), _list_of(_IDS))]
+Items = Annotated[Any, either(_TEXT, list_of(_TEXT), list_of(_IDS))]
 
 
 class Body(BaseModel):

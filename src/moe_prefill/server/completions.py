@@ -10,14 +10,23 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, WithJsonSchema
 
-from ..core import AtomicRequest, Int32Array
+from ..core import Int32Array
 from ..text import Tokenizer
-from .asked import Choice, Question, Scored, by_text, entries
+from .asked import (
+    WHAT_THIS_IS,
+    Choice,
+    Question,
+    Scored,
+    Scores,
+    by_text,
+    entries,
+    max_tokens_of,
+    plan_questions,
+    top_of,
+)
 from .bodies import Body, Ids, Prompts, prompts_of, refuse_fields
-from .context import Context, Plan, Results, good, usage
+from .context import Context, Plan, usage
 from .refusals import bad_request
-
-_WHAT_THIS_IS = "this server scores prompts in one forward pass and generates at most one token"
 
 _GENERATION: dict[str, tuple[object, ...]] = {
     "stream": (False,),
@@ -87,9 +96,9 @@ class ChatBody(_Sampling):
 def completions(context: Context, raw: dict[str, Any]) -> Plan:
     body = CompletionBody.model_validate(raw)
     refuse_fields(raw, _GENERATION)
-    max_tokens = _max_tokens(context, body.max_tokens, "max_tokens")
-    count = _top(context, body.logprobs, "logprobs")
-    prompt_count = _top(context, body.prompt_logprobs, "prompt_logprobs")
+    max_tokens = max_tokens_of(context, body.max_tokens, "max_tokens")
+    count = top_of(context, body.logprobs, "logprobs")
+    prompt_count = top_of(context, body.prompt_logprobs, "prompt_logprobs")
     prompts = prompts_of(context, body.prompt, "prompt", add_special_tokens=body.add_special_tokens)
     stops = _stops(body.stop)
     choice = _choice(context, body)
@@ -122,7 +131,7 @@ def completions(context: Context, raw: dict[str, Any]) -> Plan:
             answer["prompt_logprobs"] = _prompt_logprobs(context.tokenizer, before, prompt_count)
         return answer
 
-    def reply(scores: Sequence[tuple[Sequence[Scored], Scored | None]]) -> dict[str, Any]:
+    def reply(scores: Scores) -> dict[str, Any]:
         pairs = enumerate(zip(questions, scores, strict=True))
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -133,18 +142,18 @@ def completions(context: Context, raw: dict[str, Any]) -> Plan:
             "usage": usage(sum(len(question.ids) for question in questions), max_tokens * len(questions)),
         }
 
-    return _plan(context, questions, reply)
+    return plan_questions(context, questions, reply)
 
 
 def chat(context: Context, raw: dict[str, Any]) -> Plan:
     body = ChatBody.model_validate(raw)
     refuse_fields(raw, _GENERATION)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    max_tokens = _max_tokens(context, given, "max_tokens")
+    max_tokens = max_tokens_of(context, given, "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("bad_logprobs", "top_logprobs needs logprobs: true", "top_logprobs")
-    count = (_top(context, body.top_logprobs, "top_logprobs") or 0) if body.logprobs else None
-    prompt_count = _top(context, body.prompt_logprobs, "prompt_logprobs")
+    count = (top_of(context, body.top_logprobs, "top_logprobs") or 0) if body.logprobs else None
+    prompt_count = top_of(context, body.prompt_logprobs, "prompt_logprobs")
     ids = chat_ids(context, body.messages)
     stops = _stops(body.stop)
     question = Question(
@@ -156,7 +165,7 @@ def chat(context: Context, raw: dict[str, Any]) -> Plan:
         logprobs=count is not None,
     )
 
-    def reply(scores: Sequence[tuple[Sequence[Scored], Scored | None]]) -> dict[str, Any]:
+    def reply(scores: Scores) -> dict[str, Any]:
         before, token = scores[0]
         text, reason = _text_of(context.tokenizer, token, stops)
         answer: dict[str, Any] = {
@@ -180,7 +189,7 @@ def chat(context: Context, raw: dict[str, Any]) -> Plan:
             told["prompt_logprobs"] = _prompt_logprobs(context.tokenizer, before, prompt_count)
         return told
 
-    return _plan(context, [question], reply)
+    return plan_questions(context, [question], reply)
 
 
 def chat_ids(context: Context, messages: Sequence[dict[str, Any]]) -> Int32Array:
@@ -189,46 +198,6 @@ def chat_ids(context: Context, messages: Sequence[dict[str, Any]]) -> Int32Array
     turns = [{**message, "role": _role(message), "content": _content_text(message)} for message in messages]
     text = context.chat().render_messages(turns)
     return context.encode([text], "messages", add_special_tokens=False)[0]
-
-
-def _plan(context: Context, questions: Sequence[Question], reply: Any) -> Plan:
-    requests = [question.request(context.limits) for question in questions]
-
-    def finish(results: Results) -> object:
-        answers = iter(good(results))
-        scores: list[tuple[Sequence[Scored], Scored | None]] = []
-        for question, request in zip(questions, requests, strict=True):
-            if request is None:
-                scores.append(([], None))
-                continue
-            result = next(answers)
-            token = question.generated(result) if question.generate else None
-            scores.append((question.prompt_scores(result), token))
-        return reply(scores)
-
-    asked: list[AtomicRequest] = [request for request in requests if request is not None]
-    return Plan(asked, finish)
-
-
-def _max_tokens(context: Context, value: int | None, param: str) -> int:
-    if value is None:
-        value = context.allow.default_max_tokens
-    if value is None:
-        raise bad_request(
-            "max_tokens_missing", f"{_WHAT_THIS_IS}: set {param} to 1, or to 0 for the prompt alone", param
-        )
-    if value not in (0, 1):
-        raise bad_request("max_tokens_too_large", f"{param} is {value}: {_WHAT_THIS_IS}; set it to 0 or 1", param)
-    return value
-
-
-def _top(context: Context, value: int | None, param: str) -> int | None:
-    if value is None:
-        return None
-    limit = min(context.allow.max_logprobs, context.limits.vocab_size)
-    if not 0 <= value <= limit:
-        raise bad_request("bad_logprobs", f"{param} is {value}; it is between 0 and {limit} (--max-logprobs)", param)
-    return value
 
 
 def _stops(value: object) -> list[str]:
@@ -283,7 +252,7 @@ def _structured(context: Context, body: _Sampling) -> tuple[int, ...] | None:
         if len(tokens) != 1:
             raise bad_request(
                 "choice_of_several_tokens",
-                f"the choice {text!r} has {len(tokens)} tokens; {_WHAT_THIS_IS}. /v1/classify takes longer labels",
+                f"the choice {text!r} has {len(tokens)} tokens; {WHAT_THIS_IS}. /v1/classify takes longer labels",
                 "structured_outputs",
             )
     chosen = [tokens[0] for tokens in ids]

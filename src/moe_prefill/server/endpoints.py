@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from . import classifying, completions, own, reranking, scoring, tokens
+from . import classifying, completions, generating, own, reranking, scoring, tokens
 from .context import Context, Plan
 from .refusals import bad_request
 
@@ -118,6 +118,22 @@ ENDPOINTS: Sequence[Endpoint] = (
             body=completions.ChatBody,
             plan=completions.chat,
             example={"messages": _CHAT, "max_tokens": 1, "logprobs": True, "top_logprobs": 5},
+        ),
+    ),
+    _one(
+        "/generate",
+        "Log-probabilities of prompts, and at most one generated token, as SGLang.",
+        Form(
+            body=generating.GenerateBody,
+            plan=generating.generate,
+            example={
+                "text": "The sky is blue",
+                "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "top_logprobs_num": 2,
+                "token_ids_logprob": [10, 20],
+            },
         ),
     ),
     Endpoint(
