@@ -69,6 +69,21 @@ def test_where_the_depth_is_pinned_nothing_is_left_to_change():
     assert (plan.bank_buffers, plan.remedy) == (2, None)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "quantization"), [("NVIDIA A100", 1, "fp8"), ("NVIDIA L40S", 2, None), ("NVIDIA H100", 1, None)]
+)
+def test_a_card_of_which_a_rate_is_not_known_is_planned_without_a_forecast(gpu, ranks, quantization):
+    """Float8 weights on a card without float8 units; two cards without a link between them; the last one is known."""
+    config = EngineConfig(model="m", quantization=quantization, residency="offloaded" if ranks == 1 else "sharded")
+    budget = Budget(device_bytes=60 * GIB, host_bytes=128 * GIB, ranks=ranks)
+    plans = [
+        plan_for(config, shortened(48), budget, dtype="bfloat16", profile=profile)
+        for profile in (None, estimated_profile(gpu))
+    ]
+    assert plans[0].levels == plans[1].levels
+    assert (plans[1].remedy is None) == (gpu != "NVIDIA H100")
+
+
 def test_without_room_the_plan_stays():
     spec = shortened(48)
     least = whole(12, residency="offloaded", prefetch_depth=1)
