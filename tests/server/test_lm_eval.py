@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.sglang_generate_API import SGLANGGENERATEAPI
 
 from .conftest import MODEL, ROOT
 
@@ -52,6 +53,14 @@ def test_log_likelihoods_are_those_of_its_own_model(url, reference, settings):
         assert value == pytest.approx(want, abs=1e-3)
         assert greedy == want_greedy
     assert any(greedy for _, greedy in told)
+
+
+def test_its_client_of_sglang_reads_the_same_log_likelihoods(url, reference):
+    """Its greediness is not compared: it says that a choice is greedy where no token of it is."""
+    client = SGLANGGENERATEAPI(base_url=f"{url}/generate", model="demo", tokenizer=str(MODEL), batch_size=4)
+    told = client.loglikelihood(asked(), disable_tqdm=True)
+    known = reference.loglikelihood(asked(), disable_tqdm=True)
+    assert [value for value, _ in told] == pytest.approx([value for value, _ in known], abs=1e-3)
 
 
 def test_a_multiple_choice_task_has_the_same_accuracy(url, reference, tmp_path):
