@@ -348,7 +348,10 @@ def test_resume_takes_the_sizes_that_the_job_began_with(
     assert classify("--window-rows", "2", "--resume") == 0
     assert seen == [(None, None), (1001, 256)]
     assert len(answers(tmp_path / "out.jsonl")) == 4
+    capsys.readouterr()
+    engine(lambda config: pytest.fail("loaded"))
     assert classify("--resume", "--window-rows", "2") == 0  # finished: nothing to do
+    assert "4 rows (4 of them by earlier runs)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ..jobs import (
     Summary,
     added_columns,
     check_columns,
+    finished_summary,
     known_identity,
     model_fingerprint,
     run_job,
@@ -110,7 +111,11 @@ def _run(request: Request, output: Output, table: Table) -> Summary:
     config, model = _engine_config(request, output), _model_identity(request, tokenizer)
     settings = plan_settings(config)
     if isinstance(output, FileOutput):
-        output.check(_certain(request, known_identity(table, task, job, model, settings), config))
+        certain = _certain(request, known_identity(table, task, job, model, settings), config)
+        output.check(certain)
+        finished = output.finished()
+        if finished is not None and "task.digest" in certain:
+            return finished_summary(task, job, finished, str(request.run.output))
     with loading(config, request.run):
         scoring = build_scoring(config)
     with closing(scoring) as engine, observer_for(request.run) as observer:

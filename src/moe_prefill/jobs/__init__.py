@@ -9,7 +9,7 @@ from .manifest import Identity, known_identity
 from .merge import merge_shards
 from .metrics import ClassScore, LabelMetrics
 from .output import FileOutput, Output, StreamOutput, sidecar_path
-from .runner import Observer, Silent, check_columns, run_job
+from .runner import Observer, Silent, check_columns, finished_summary, run_job
 from .summary import Summary
 from .windows import Shard, Window, WindowSize, cut_windows
 
@@ -34,6 +34,7 @@ __all__ = [
     "added_columns",
     "check_columns",
     "cut_windows",
+    "finished_summary",
     "known_identity",
     "merge_shards",
     "metrics_of",

@@ -98,6 +98,13 @@ def read_json(path: Path) -> dict[str, object]:
     return data
 
 
+def json_mapping(record: Mapping[str, object], name: str) -> dict[str, object]:
+    """The object under ``name`` in a file that ``read_json`` has read."""
+    value = record[name]
+    assert isinstance(value, dict), (name, value)
+    return value
+
+
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."

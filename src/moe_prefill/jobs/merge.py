@@ -13,7 +13,7 @@ from ..errors import InputError, OutputError, UsageError
 from .compare import Metrics, metrics_of
 from .counts import Counts
 from .durable import file_digest, write_durably
-from .manifest import FORMAT_VERSION, read_json
+from .manifest import FORMAT_VERSION, json_mapping, read_json
 from .output import sidecar_path
 
 
@@ -26,7 +26,7 @@ class ShardFile:
 
     @property
     def identity(self) -> dict[str, object]:
-        return _mapping(self.record, "identity")
+        return json_mapping(self.record, "identity")
 
     @property
     def shard(self) -> str:
@@ -41,7 +41,7 @@ class ShardFile:
         return first, end, total
 
     def output_number(self, name: str) -> int:
-        value = _mapping(self.record, "output")[name]
+        value = json_mapping(self.record, "output")[name]
         assert isinstance(value, int)
         return value
 
@@ -69,11 +69,11 @@ def merge_shards(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     _check_complete(shards)
     for shard in shards:
         _check_unchanged(shard)
-    counts = Counts.total(Counts.from_json(_mapping(shard.record, "counts")) for shard in shards)
+    counts = Counts.total(Counts.from_json(json_mapping(shard.record, "counts")) for shard in shards)
     parquet = shards[0].identity["output.format"] == "parquet"
     write_durably(output, lambda file: (_join_parquet if parquet else _join_text)(file, shards))
     _write_record(output, shards, counts)
-    labels = _mapping(shards[0].record, "about").get("labels")
+    labels = json_mapping(shards[0].record, "about").get("labels")
     known = tuple(map(str, labels)) if isinstance(labels, list) and labels else None
     kind = str(shards[0].identity["task.kind"])
     return Merged(counts=counts, metrics=metrics_of(kind, counts, known) if counts.pairs else None)
@@ -125,7 +125,7 @@ def _check_complete(shards: Sequence[ShardFile]) -> None:
 
 def _check_unchanged(shard: ShardFile) -> None:
     size, expected = shard.path.stat().st_size, shard.output_number("bytes")
-    if size != expected or file_digest(shard.path) != _mapping(shard.record, "output")["sha256"]:
+    if size != expected or file_digest(shard.path) != json_mapping(shard.record, "output")["sha256"]:
         raise InputError(
             f"{shard.path}: not the file that its job wrote ({size:,} bytes, {expected:,} recorded); copy it again"
         )
@@ -163,13 +163,7 @@ def _write_record(output: Path, shards: Sequence[ShardFile], counts: Counts) -> 
             "header_bytes": shards[0].output_number("header_bytes"),
         },
         "counts": counts.to_json(),
-        "about": {**_mapping(shards[0].record, "about"), "merged": [shard.path.name for shard in shards]},
+        "about": {**json_mapping(shards[0].record, "about"), "merged": [shard.path.name for shard in shards]},
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_durably(sidecar_path(output), lambda file: file.write(text.encode()))
-
-
-def _mapping(record: Mapping[str, object], name: str) -> dict[str, object]:
-    value = record[name]
-    assert isinstance(value, dict), (name, value)
-    return value

@@ -14,7 +14,7 @@ from typing import IO, Protocol
 from ..errors import OutputError, UsageError
 from .counts import Counts
 from .durable import Lock, check_space, file_digest, refusals_named, write_durably
-from .manifest import FORMAT_VERSION, Identity, check_same_job, read_json
+from .manifest import FORMAT_VERSION, Identity, check_same_job, json_mapping, read_json
 from .parts import LOCK, OUTPUT, Part, PartsDirectory
 from .tables import TableWriter
 from .windows import Window
@@ -120,16 +120,18 @@ class FileOutput:
         """The identity of the job that is resumed; empty where a job starts."""
         if self.resuming:
             return read_json(self.parts.manifest)
-        if self._finished_before and sidecar_path(self.path).exists():
-            identity = read_json(sidecar_path(self.path))["identity"]
-            assert isinstance(identity, dict)
-            return identity
-        return {}
+        return json_mapping(self._record(), "identity") if self._finished_before else {}
+
+    def finished(self) -> Counts | None:
+        """The counts of the job that is resumed, if an earlier run has finished it."""
+        return Counts.from_json(json_mapping(self._record(), "counts")) if self._finished_before else None
 
     def begin(self, identity: Identity, writer: TableWriter, needed_bytes: int) -> dict[int, Counts]:
         self._writer, self._identity = writer, identity
-        if self._finished_before:
-            return self._recorded()
+        finished = self.finished()
+        if finished is not None:
+            check_same_job(self.path, self._resumed(), identity)
+            return {-1: finished}
         if self.resuming:
             check_same_job(self.parts.path, read_json(self.parts.manifest), identity)
             self._done = self.parts.finished_parts()
@@ -138,17 +140,12 @@ class FileOutput:
             self.parts.write_manifest(identity)
         return {window: part.counts for window, part in self._done.items()}
 
-    def _recorded(self) -> dict[int, Counts]:
-        """The output is there and no parts are: a finished job, if its record says so."""
+    def _record(self) -> dict[str, object]:
+        """Of the finished job: the output is there and no parts are. Raises OutputError where nothing says what job."""
         sidecar = sidecar_path(self.path)
         if not sidecar.exists():
             raise OutputError(f"{self.path}: exists, but no {sidecar.name} says which job made it; use --overwrite")
-        record = read_json(sidecar)
-        identity, totals = record["identity"], record["counts"]
-        assert isinstance(identity, dict)
-        assert isinstance(totals, dict)
-        check_same_job(self.path, identity, self._identity)
-        return {-1: Counts.from_json(totals)}
+        return read_json(sidecar)
 
     @property
     def complete(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Protocol
 
-from ..core import AtomicResult, Column, ScoringEngine, StartingEngine
+from ..core import AtomicResult, Column, RunStats, ScoringEngine, StartingEngine
 from ..errors import InputError, UsageError, did_you_mean
 from .ahead import one_ahead
 from .answers import Answers, Group, added_columns, groups_of
@@ -69,15 +70,19 @@ def run_job(
     job = _Job(table, task, engine, output, config, observer or Silent())
     begin_s, start = time.monotonic(), snapshot(engine.stats)
     resumed, counts = job.run(model, settings or {})
-    return Summary(
-        output=output_name,
-        counts=counts,
-        metrics=metrics_of(task.name, counts, config.labels) if config.label_column else None,
+    return replace(
+        finished_summary(task, config, counts, output_name),
         resumed_rows=resumed.rows,
         seconds=time.monotonic() - begin_s,
         stats=since(engine.stats, start),
         peak_flops=engine.peak_flops,
     )
+
+
+def finished_summary(task: Task, config: JobConfig, counts: Counts, output_name: str) -> Summary:
+    """Of a job that earlier runs have finished."""
+    metrics = metrics_of(task.name, counts, config.labels) if config.label_column else None
+    return Summary(output=output_name, counts=counts, metrics=metrics, resumed_rows=counts.rows, stats=RunStats())
 
 
 class _Job:
