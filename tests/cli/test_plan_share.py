@@ -56,6 +56,27 @@ def test_dispatch_is_less_on_average_than_at_worst(capsys: pytest.CaptureFixture
     assert found["mean_sent_and_received_bytes"] < found["device_bytes"]["sent and received"]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sweep_is_predicted(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, strategy, 4)
+    assert found["profile"] == {"gpu": "H200", "estimated": True}
+    assert found["sweep_s"] == found["compute_s"] + found["transfer_s"]
+    tokens = found["sweep_tokens"] * (4 if strategy.startswith("dp") else 1)
+    assert found["tokens_per_s"] == pytest.approx(tokens / found["sweep_s"])
+    assert (found["transfer_s"] > 0) == (strategy != "pp+pp")
+    assert (found["fill_s"] > 0) == (strategy == "pp+pp")
+    assert main(["plan", "--model", "Qwen3-30B-A3B", "--hbm-gib", "79", "--strategy", strategy, "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{found['tokens_per_s']:,.0f} tokens/s of all GPUs" in shown
+    assert "estimated from its datasheet, not measured" in shown
+
+
+def test_a_card_without_float8_units_is_planned_but_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "dp+ep", 4, "--gpu", "A100", "--quantization", "fp8")
+    assert found["peak_device_bytes"] <= 79 * GIB
+    assert "no float8 rate" in found["unpredicted"]
+
+
 def test_a_wanted_sweep_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "tp+tp", 4, "--max-sweep-tokens", "1000", "--chunk-rows", "500")
     assert (found["sweep_tokens"], found["chunk_rows"]) == (1000, 500)

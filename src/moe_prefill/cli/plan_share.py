@@ -8,8 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from ..core import ModelSpec
+from ..costmodel import Batch, predict_strategy
+from ..errors import UsageError
+from ..machine import estimated_profile, load_profile
 from ..memory import show_bytes
 from ..residency import DTYPE_BYTES, bank_dtype
+from ..residency.speed import PRECISIONS, with_chunks
 from ..strategies import Share, share_of
 from ..strategies.memory import ShareMemory, fit_share, mean_ranks_a_row, share_weights, transfer_bytes
 from .plan import PlanOptions, computed_dtype, device_budget
@@ -36,7 +40,7 @@ def show_share(options: PlanOptions, spec: ModelSpec) -> None:
         wanted=config.max_sweep_tokens,
         chunk_rows=config.chunk_rows,
     )
-    fields = share_fields(options, share, memory, dtype)
+    fields = share_fields(options, share, memory, dtype) | forecast_fields(options, share, memory, experts)
     if options.json:
         print(json.dumps(fields))
     else:
@@ -67,6 +71,50 @@ def share_fields(options: PlanOptions, share: Share, memory: ShareMemory, dtype:
     return fields
 
 
+def forecast_fields(options: PlanOptions, share: Share, memory: ShareMemory, experts: str) -> dict[str, Any]:
+    """What is predicted of the planned sweep, in the steady state; times in seconds, of all ranks. ``unpredicted`` says
+    why nothing is.
+    """
+    config, sweep = options.config, memory.sweep
+    profile = estimated_profile(options.gpu) if config.profile is None else load_profile(config.profile)
+    known = {
+        "profile": {"gpu": profile.gpu, "estimated": profile.is_estimated},
+        "tokens_per_request": options.tokens_per_request,
+    }
+    try:
+        found = predict_strategy(
+            share.whole,
+            share.name,
+            share.size,
+            Batch.uniform(sweep.max_sweep_tokens, options.tokens_per_request, prune_last=config.prune_last),
+            with_chunks(profile, sweep.chunk_rows),
+            precision=PRECISIONS[experts],
+            skew=config.dummy_skew or 1.0,
+            micro_batches=config.micro_batches,
+        )
+    except UsageError as error:  # the card has no such products, or no link
+        return known | {"unpredicted": str(error)}
+    return known | {
+        "sweep_s": found.sweep_s,
+        "compute_s": found.compute_s,
+        "transfer_s": found.transfer_s,
+        "fill_s": found.fill_s,
+        "tokens_per_s": found.tokens_per_s,
+    }
+
+
+def _forecast(fields: dict[str, Any]) -> str:
+    """The same for people."""
+    if "unpredicted" in fields:
+        return str(fields["unpredicted"])
+    known = "estimated from its datasheet, not measured" if fields["profile"]["estimated"] else "measured"
+    return (
+        f"{fields['profile']['gpu']} ({known}): a sweep takes {fields['sweep_s']:.2f} s, "
+        f"{fields['transfer_s']:.2f} s of them collectives; {fields['tokens_per_s']:,.0f} tokens/s of all GPUs, "
+        f"requests of {fields['tokens_per_request']:,} tokens"
+    )
+
+
 def _show(options: PlanOptions, share: Share, memory: ShareMemory, fields: dict[str, Any]) -> None:
     console, spec, sweep = Console(highlight=False), share.whole, memory.sweep
     types = f"experts {fields['bank_dtype']}, the rest {fields['dtype']}"
@@ -88,6 +136,7 @@ def _show(options: PlanOptions, share: Share, memory: ShareMemory, fields: dict[
         f"{sweep.max_sweep_tokens:,} tokens {owner}, chunks of {sweep.chunk_rows:,} rows; longest request "
         f"{fields['longest_request']:,} tokens",
     )
+    say(console, "predicted", _forecast(fields))
     say(
         console,
         "largest",
