@@ -142,9 +142,10 @@ def check(spec: ModelSpec, name: Name, size: int) -> None:
 
 def _divides(name: Name, size: int, what: str, count: int) -> None:
     if count % size:
+        fewer = math.gcd(count, size)
+        remedy = f"{fewer} ranks or another strategy" if fewer > 1 else "another number of ranks or another strategy"
         raise UsageError(
-            f"strategy {name} splits {what} over {size} ranks, and {count} is not a multiple of {size}; use "
-            f"{math.gcd(count, size)} ranks or another strategy"
+            f"strategy {name} splits {what} over {size} ranks, and {count} is not a multiple of {size}; use {remedy}"
         )
 
 
