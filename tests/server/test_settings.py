@@ -8,6 +8,7 @@ import pytest
 
 from moe_prefill.cli import main
 from moe_prefill.config import EngineConfig
+from moe_prefill.core import NOT_KEPT
 from moe_prefill.errors import MoePrefillError, PlanError, RowError, TaskError, UsageError
 from moe_prefill.server import warmup
 from moe_prefill.server.keys import Keys, new_key
@@ -112,6 +113,7 @@ def test_the_warm_up_computes_the_largest_call_and_learns_the_pace():
     engine, pace = FakeEngine(max_request=300), Pace(0.001)
     warm_up(engine, [pace], "limit")
     assert max(len(request.tokens) for call in engine.calls for request in call) == 300
+    assert {request.salt for call in engine.calls for request in call} == {NOT_KEPT}, "the pool stays empty"
     assert pace.tokens_per_s > 0
     count = len(engine.calls)
     warm_up(engine, [pace], "off")

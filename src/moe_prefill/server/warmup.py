@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from ..core import AtomicRequest, ScoringEngine
+from ..core import NOT_KEPT, AtomicRequest, ScoringEngine
 from ..errors import PlanError
 from .pace import Pace
 from .settings import Warmup
@@ -55,7 +55,8 @@ def _compute(engine: ScoringEngine, lengths: list[int]) -> float:
     draw = np.random.default_rng(len(lengths))
     vocab_size = engine.limits.vocab_size
     requests = [
-        AtomicRequest.candidates(draw.integers(0, vocab_size, length), [0], vocabulary=True) for length in lengths
+        AtomicRequest.candidates(draw.integers(0, vocab_size, length), [0], vocabulary=True, salt=NOT_KEPT)
+        for length in lengths
     ]
     begin_s = time.monotonic()
     for answer in engine.score(requests):
