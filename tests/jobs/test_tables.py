@@ -338,3 +338,12 @@ def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, values: list
     batch = next(table.read(0, [len(values)]))
     assert batch.rows == values
     assert not batch.errors
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_input_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, kind: str) -> None:
+    source = write_table(tmp_path / f"in.{kind}", rows(20))
+    table = open_for(source, Path("out.csv"))
+    write_table(source, rows(5))
+    with pytest.raises(InputError, match="became shorter while it was read; run the job again"):
+        list(table.read(0, [20]))

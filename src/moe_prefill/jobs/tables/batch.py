@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...errors import RowError
+from ...errors import InputError, RowError
+from .lines import Hasher
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,15 +79,41 @@ class Table(ABC):
     """
 
     format: ClassVar[Format]
-    files: tuple[Path, ...]
     columns: tuple[str, ...]
-    marks: Marks
     digest: str
-    num_bytes: int
+
+    def __init__(self, files: Sequence[Path], *, limit: int | None, granule_rows: int) -> None:
+        """``limit``: only so many rows. The subclass scans."""
+        self.files = tuple(files)
+        self.marks = Marks(granule_rows)
+        self.num_bytes = 0
+        self._limit = limit
 
     @property
     def num_rows(self) -> int:
         return self.marks.num_rows
+
+    @property
+    def names(self) -> str:
+        """The files, for messages."""
+        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+    def _scan(self) -> None:
+        digest = hashlib.sha256()
+        for index, path in enumerate(self.files):
+            if self._limit is not None and self.num_rows >= self._limit:
+                break
+            self._scan_file(index, path, digest)
+        self.digest = digest.hexdigest()
+        if not self.num_rows:
+            raise InputError(f"{self.names}: the table has no rows")
+
+    def _shorter(self) -> InputError:
+        return InputError(f"{self.names}: the input became shorter while it was read; run the job again")
+
+    @abstractmethod
+    def _scan_file(self, index: int, path: Path, digest: Hasher) -> None:
+        """Check and mark the rows of one file, up to the limit; its content goes into ``digest``."""
 
     @abstractmethod
     def arrow_schema(self) -> pa.Schema:

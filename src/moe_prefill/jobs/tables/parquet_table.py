@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
-from .batch import Batch, Format, Marks, Row, Table
+from .batch import Batch, Format, Row, Table
 from .csv_table import check_same_columns
+from .lines import Hasher
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,32 +27,23 @@ class ParquetTable(Table):
     format: ClassVar[Format] = "parquet"
 
     def __init__(self, files: Sequence[Path], *, limit: int | None, granule_rows: int) -> None:
-        self.files = tuple(files)
-        self.marks = Marks(granule_rows)
-        self._limit = limit
+        super().__init__(files, limit=limit, granule_rows=granule_rows)
         self._schema = _schema(self.files[0])
         self.columns = tuple(self._schema.names)
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice or not self.columns:
-            raise InputError(f"{self.files[0]}: columns {twice} exist more than once" if twice else "no columns")
+            what = f"the columns {twice} exist more than once; rename them" if twice else "the table has no columns"
+            raise InputError(f"{self.files[0]}: {what}")
         self._scan()
 
     def arrow_schema(self) -> pa.Schema:
         return self._schema
 
-    def _scan(self) -> None:
-        digest = hashlib.sha256()
-        self.num_bytes = 0
-        for index, path in enumerate(self.files):
-            if self._limit is not None and self.num_rows >= self._limit:
-                break
-            self._check_schema(path)
-            self._index(index, path)
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        self.digest = digest.hexdigest()
-        if not self.num_rows:
-            raise InputError(f"{self.files[0]}: the table has no rows")
+    def _scan_file(self, index: int, path: Path, digest: Hasher) -> None:
+        self._check_schema(path)
+        self._index(index, path)
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
 
     def _index(self, index: int, path: Path) -> None:
         """Mark rows by the metadata alone: each counts as the average of its row group."""
@@ -84,7 +76,10 @@ class ParquetTable(Table):
         for count in counts:
             parts, have = [held], held.num_rows
             while have < count:
-                parts.append(next(pieces))
+                piece = next(pieces, None)
+                if piece is None:
+                    raise self._shorter()
+                parts.append(piece)
                 have += parts[-1].num_rows
             joined = pa.concat_tables(parts)
             held = joined.slice(count)

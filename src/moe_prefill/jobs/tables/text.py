@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ...errors import InputError
-from .batch import Batch, Marks, Table
-from .lines import LineReader
+from .batch import Batch, Table
+from .lines import Hasher, LineReader
 
 Record = TypeVar("Record")
 
@@ -20,9 +18,7 @@ class TextTable(Table, Generic[Record]):
     """A table of text files. A subclass says how records come out of lines and what a scan learns from them."""
 
     def __init__(self, files: Sequence[Path], *, limit: int | None, granule_rows: int) -> None:
-        self.files = tuple(files)
-        self.marks = Marks(granule_rows)
-        self._limit = limit
+        super().__init__(files, limit=limit, granule_rows=granule_rows)
         self._scan()
 
     @abstractmethod
@@ -37,19 +33,9 @@ class TextTable(Table, Generic[Record]):
     def _batch(self, records: list[Record], columns: frozenset[str] | None) -> Batch:
         """Make a batch of records."""
 
-    def _scan(self) -> None:
-        digest = hashlib.sha256()
-        self.num_bytes = 0
-        for index, path in enumerate(self.files):
-            if self._limit is not None and self.num_rows >= self._limit:
-                break
-            digest.update(b"\x00file\x00")  # so that moving a row from one shard to the next is noticed
-            self._scan_file(index, LineReader(path, hasher=digest))
-        self.digest = digest.hexdigest()
-        if not self.num_rows:
-            raise InputError(f"{_names(self.files)}: the table has no rows")
-
-    def _scan_file(self, index: int, lines: LineReader) -> None:
+    def _scan_file(self, index: int, path: Path, digest: Hasher) -> None:
+        digest.update(b"\x00file\x00")  # so that moving a row from one shard to the next is noticed
+        lines = LineReader(path, hasher=digest)
         marks, limit = self.marks, self._limit
         records = self._records(index, lines)
         start = 0  # of the first record with what precedes it: reading from 0 skips a header again
@@ -66,7 +52,7 @@ class TextTable(Table, Generic[Record]):
         for count in counts:
             batch = list(islice(records, count))
             if len(batch) != count:
-                raise InputError(f"{_names(self.files)}: the input became shorter while it was read; run the job again")
+                raise self._shorter()
             yield self._batch(batch, columns)
 
     def _from(self, mark: int) -> Iterator[Record]:
@@ -74,7 +60,3 @@ class TextTable(Table, Generic[Record]):
         for index in range(self.marks.files[mark], len(self.files)):
             yield from self._records(index, LineReader(self.files[index], offset))
             offset = 0
-
-
-def _names(files: Sequence[Path]) -> str:
-    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
