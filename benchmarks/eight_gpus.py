@@ -4,10 +4,10 @@
     python benchmarks/eight_gpus.py --gpus 8
     python benchmarks/eight_gpus.py --gpus 8 --parts strategies --skews 1 --run-tokens 65536  # one of several calls
 
-asyncep, sharded and hybrid, against the five baselines, balanced and at skew 16; the aggregated workload with our
-frontend and under vLLM's balancer; peer pulls, all at once or one alone, sliced or not, staggered or not; and scaling,
-for as many layers as are resident on one GPU, and of the whole model against one GPU that offloads. How it is measured
-is said in ``two_gpu.py``, with which this shares all code.
+asyncep, sharded and hybrid, against the five baselines, balanced and at skew 16; the aggregated workload under dp+ep,
+and under asyncep with vLLM's balancer and with our frontend; peer pulls, all at once or one alone, sliced or not,
+staggered or not; and scaling, for as many layers as are resident on one GPU, and of the whole model against one GPU
+that offloads. How it is measured is said in ``two_gpu.py``, with which this shares all code.
 """
 
 from many_gpus.main import main

@@ -67,8 +67,8 @@ def run(options: argparse.Namespace, spec: ModelSpec) -> None:
         spawn(measuring.run_rank, gpus, list(group), options, head=head)
     if options.pulls:
         spawn(pulls.run_rank, options.gpus, options, head=head, last=(spec,))
-    if mixes:
-        save_report(options.out, head, aggregated.measured(options, spec, mixes), append=True)
+    for cell in aggregated.measured(options, spec, mixes):
+        save_report(options.out, head, [cell], append=True)
     finish(options, head)
 
 
