@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Int32Array, Int64Array
+from ..core import BoolArray, Int32Array, Int64Array
 from ..forest import Forest
 
 
@@ -52,7 +52,7 @@ class AttentionCall:
 
     ``first_row``: where the queries begin among the chunk's rows. ``keys``: packed rows of the keys, a slice where
     they are contiguous. With ``causal`` the last query sees every key, the one before it all but the last, and so on
-    (aligned at the end).
+    (aligned at the end). ``merged``: which entries' results are merged with other calls', so need their log-sum-exp.
     """
 
     first_row: int
@@ -61,6 +61,7 @@ class AttentionCall:
     keys: slice | Int64Array
     causal: bool
     window: int | None
+    merged: BoolArray
 
     @property
     def num_rows(self) -> int:
@@ -195,6 +196,7 @@ def _level_calls(forest: Forest, runs: Runs, level: int) -> Iterator[AttentionCa
         keys=as_slice(ranges(key_start, key_stop)),
         causal=False,
         window=None,
+        merged=np.ones(len(owner), bool),
     )
 
 
@@ -222,6 +224,7 @@ def _diagonal_calls(
             keys=_path_keys(forest, part, own[low:high], above[low:high]),
             causal=True,
             window=window,
+            merged=forest.depth[part.segment] > 0 if levels else np.zeros(len(part), bool),
         )
         first_row += int(lengths.sum())
 

@@ -14,7 +14,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from ..core import AtomicRequest, Int64Array, ModelSpec
+from ..core import AtomicRequest, BoolArray, Int64Array, ModelSpec
 from ..costmodel import sweep_flops
 from ..forest import Forest, SharingRule, build_forest
 from ..memory import MemoryPlan
@@ -28,13 +28,14 @@ from .staging import Staged, Staging, Uploaded
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceCall:
-    """An AttentionCall whose arrays are on the device. ``rows``: its queries among the chunk's rows."""
+    """An AttentionCall whose arrays are on the device, but for ``merged``. ``rows``: its queries among the chunk's."""
 
     rows: slice
     spans: Spans
     keys: slice | torch.Tensor
     causal: bool
     window: int | None
+    merged: BoolArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,7 +258,7 @@ class _StagedCall:
         spans = Spans(call.cu_q, call.cu_k, device[self.cu_q], device[self.cu_k], call.max_q, call.max_k)
         keys = _on(device, self.keys)
         rows = slice(call.first_row, call.first_row + call.num_rows)
-        return DeviceCall(rows, spans, keys, call.causal, call.window)
+        return DeviceCall(rows, spans, keys, call.causal, call.window, call.merged)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -137,10 +137,9 @@ def keys_values(
 
 def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: DeviceChunk) -> torch.Tensor:
     """Attention of a chunk's queries to their paths: the diagonal, then each level of ancestors, merged in float32."""
-    merged = bool(chunk.levels)
-    diagonal = [call_attention(decoder, q, k, v, call, need_lse=merged) for call in chunk.diagonal]
+    diagonal = [call_attention(decoder, q, k, v, call) for call in chunk.diagonal]
     out, lse = diagonal[0] if len(diagonal) == 1 else (torch.cat(parts) for parts in zip(*diagonal, strict=True))
-    if not merged:
+    if not chunk.levels:
         return out
     # Rounded once at the end: by the merge itself where there is one only.
     wide, lse = out if len(chunk.levels) == 1 else out.float(), lse.contiguous()
@@ -150,7 +149,7 @@ def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 
 
 def call_attention(
-    decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: DeviceCall, *, need_lse: bool = True
+    decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: DeviceCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.attention(
         q[call.rows],
@@ -160,7 +159,7 @@ def call_attention(
         causal=call.causal,
         window=call.window,
         scale=decoder.scale,
-        need_lse=need_lse,
+        need_lse=call.merged,
     )
 
 

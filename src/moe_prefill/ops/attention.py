@@ -15,7 +15,6 @@ import torch
 
 from . import cpu_attention
 from .flash import flash, is_legal
-from .masks import visible
 
 _MAX_BATCHED_SCORES = 1 << 24  # query x key pairs of one batched call of the plain version: bounds its workspace
 
@@ -74,6 +73,18 @@ def ref_attention(
     return out, lse
 
 
+def visible(
+    num_queries: int, num_keys: int, *, causal: bool, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Boolean [queries, keys] of what may be seen, aligned at the end; None where everything may."""
+    if not causal:
+        return None
+    row = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+    column = torch.arange(num_keys, device=device)[None, :]
+    mask = column <= row
+    return mask if window is None else mask & (column > row - window)
+
+
 def attention(
     q_QHd: torch.Tensor,
     k_KGd: torch.Tensor,
@@ -83,18 +94,20 @@ def attention(
     causal: bool,
     window: int | None = None,
     scale: float,
-    need_lse: bool = True,
+    need_lse: bool | np.ndarray = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Q, H, d] in the dtype of ``q`` and log-sum-exp float32 [Q, H]; every query belongs to one entry.
 
     ``causal`` aligns queries and keys at the end; ``window`` (needs causal) is how many keys a query sees, itself
-    included. Without ``need_lse`` the log-sum-exp may be left unset, or be +inf for queries without keys.
+    included. ``need_lse`` may say so for each entry: the log-sum-exp of others is the true one or zero, which merges
+    with (0, -inf) alike. Where nobody needs it, it may be left unset, or be +inf for queries without keys.
     """
     assert q_QHd.shape[1] % k_KGd.shape[1] == 0, (q_QHd.shape, k_KGd.shape)
     assert window is None or causal, "a window needs causal order"
     if is_legal(q_QHd):
-        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=need_lse)
-    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale)
+        any_lse = bool(np.any(need_lse))
+        return flash(q_QHd, k_KGd, v_KGd, spans, causal=causal, window=window, scale=scale, need_lse=any_lse)
+    return _by_shape(q_QHd, k_KGd, v_KGd, spans, causal, window, scale, np.broadcast_to(need_lse, len(spans.cu_q) - 1))
 
 
 def _by_shape(
@@ -102,60 +115,62 @@ def _by_shape(
     k: torch.Tensor,
     v: torch.Tensor,
     spans: Spans,
-    *,
     causal: bool,
     window: int | None,
     scale: float,
+    need_lse: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries of equal shape share batched calls; on a CPU large ones have calls of their own."""
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    shapes = np.diff(spans.cu_q).astype(np.int64) << 32 | np.diff(spans.cu_k)
+    """Entries of equal shape share batched calls; on a CPU large ones are computed one by one."""
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    num_q, num_k = np.diff(spans.cu_q), np.diff(spans.cu_k)
+    products = _suits_products(q, num_q, num_k, causal)
+    large = products & (np.minimum(num_q, num_k) >= cpu_attention.LEAST_ROWS)
+    if large.any():
+        q_spans, k_spans = (list(itertools.compress(_pairs(cu), large)) for cu in (spans.cu_q, spans.cu_k))
+        needed = need_lse[large].tolist()
+        cpu_attention.large_entries_(q, k, v, out, lse, q_spans, k_spans, needed, causal, window or 0, scale)
+    shapes = np.where(large, 0, num_q.astype(np.int64) << 32 | num_k)
     for shape in np.unique(shapes):
-        q_start, k_start = spans.cu_q[:-1][shapes == shape], spans.cu_k[:-1][shapes == shape]
+        entries = np.flatnonzero(shapes == shape)
         nq, nk = int(shape >> 32), int(shape & 0xFFFFFFFF)
         if nq == 0 or nk == 0:
             continue
-        attend_: cpu_attention.Attention = _equal_entries_
-        most = max(1, _MAX_BATCHED_SCORES // (nq * nk))
-        if cpu_attention.suits(q, nq, nk, causal):
-            attend_, most = cpu_attention.attention_for(q.shape[1], nq, nk)
-        for low in range(0, len(q_start), most):
-            q_rows = _rows(q_start[low : low + most], nq, q.device)
-            k_rows = _rows(k_start[low : low + most], nk, k.device)
-            batch = [t[rows] for t, rows in ((q, q_rows), (k, k_rows), (v, k_rows), (out, q_rows), (lse, q_rows))]
-            entries = [t.view(-1, n, *t.shape[1:]) for t, n in zip(batch, (nq, nk, nk, nq, nq), strict=True)]
-            attend_(*entries, causal=causal, window=window, scale=scale)
-            if not isinstance(q_rows, slice):
-                out[q_rows], lse[q_rows] = batch[3:]
+        small = bool(products[entries[0]])
+        most = cpu_attention.entries_at_once(q.shape[1], nq, nk) if small else _MAX_BATCHED_SCORES // (nq * nk)
+        for part in np.array_split(entries, -(-len(entries) // max(1, most))):
+            q_rows, k_rows = _rows(spans.cu_q[part], nq, q.device), _rows(spans.cu_k[part], nk, k.device)
+            queries = q[q_rows].view(-1, nq, *q.shape[1:])
+            keys, values = (t[k_rows].view(-1, nk, *k.shape[1:]) for t in (k, v))
+            equal_entries = cpu_attention.equal_entries if small else _equal_entries
+            out[q_rows], lse[q_rows] = equal_entries(queries, keys, values, causal, window or 0, scale)
     return out, lse
 
 
-def _equal_entries_(
-    q_BnHd: torch.Tensor,
-    k_BKGd: torch.Tensor,
-    v_BKGd: torch.Tensor,
-    out_BnHd: torch.Tensor,
-    lse_BnH: torch.Tensor,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> None:
-    """torch's flash kernel for CPUs, or the definition elsewhere. The query heads of a key/value head meet keys that
-    are broadcast, not repeated.
+def _suits_products(q: torch.Tensor, num_q: np.ndarray, num_k: np.ndarray, causal: bool) -> np.ndarray:
+    """Which entries are for ``cpu_attention``. A row without keys is another's affair."""
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16):
+        return np.zeros(len(num_q), bool)
+    few: np.ndarray = num_k <= cpu_attention.MOST_KEYS
+    return few & (num_q <= num_k) if causal else few
+
+
+def _equal_entries(
+    q_BnHd: torch.Tensor, k_BKGd: torch.Tensor, v_BKGd: torch.Tensor, causal: bool, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cpu_attention.equal_entries`` by torch's flash kernel for CPUs, or by the definition elsewhere. The query heads
+    of a key/value head meet keys that are broadcast, not repeated.
     """
     batch, num_q, heads, dim = q_BnHd.shape
     num_k, kv_heads = k_BKGd.shape[1:3]
-    q, out = (t.view(batch, num_q, kv_heads, -1, dim).permute(0, 2, 3, 1, 4) for t in (q_BnHd, out_BnHd))
+    q = q_BnHd.view(batch, num_q, kv_heads, -1, dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
     k, v = (
         t.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, heads // kv_heads, -1, -1) for t in (k_BKGd, v_BKGd)
     )
-    square = causal and num_q == num_k and window is None
-    mask = None if square else visible(num_q, num_k, causal=causal, window=window, device=q.device)
-    found, lse = _dense(q.flatten(0, 1), k, v, square, mask, scale)
-    out.copy_(found.view(out.shape))
-    lse_BnH.view(batch, num_q, kv_heads, -1).permute(0, 2, 3, 1).copy_(lse.view(out.shape[:-1]))
+    square = causal and num_q == num_k and not window
+    mask = None if square else visible(num_q, num_k, causal=causal, window=window or None, device=q.device)
+    out, lse = _dense(q, k, v, square, mask, scale)
+    out = out.view(batch, kv_heads, -1, num_q, dim).permute(0, 3, 1, 2, 4).reshape(batch * num_q, heads, dim)
+    return out, lse.view(batch, kv_heads, -1, num_q).permute(0, 3, 1, 2).reshape(batch * num_q, heads)
 
 
 def _dense(

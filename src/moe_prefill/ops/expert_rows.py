@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from . import choice
 from .grouped import grouped_mm
 from .permute import ExpertOrder, permute
+from .script import scripted
 from .swiglu import swiglu
 
 VARIABLE = "MOE_PREFILL_EXPERTS"
@@ -34,6 +35,8 @@ def expert_rows(
     x_TD: torch.Tensor, order: ExpertOrder, gate_up_E2ID: torch.Tensor, down_EDI: torch.Tensor
 ) -> torch.Tensor:
     """``down(swiglu(gate_up(x)))`` of every row by its expert; [R, D]. No host synchronisation on CUDA."""
+    if not x_TD.is_cuda:
+        return _cpu_rows(x_TD, order.token_of_row_R, order.ends_E, gate_up_E2ID, down_EDI)
     if not _suits_hopper(x_TD, down_EDI):
         return _torch_rows(x_TD, order, gate_up_E2ID, down_EDI)
     return chosen(x_TD.device).run(x_TD, order, gate_up_E2ID, down_EDI)
@@ -60,6 +63,36 @@ def _torch_rows(
 ) -> torch.Tensor:
     hidden_RI = swiglu(grouped_mm(permute(x_TD, order), gate_up_E2ID, order.ends_E))
     return grouped_mm(hidden_RI, down_EDI, order.ends_E)
+
+
+@scripted
+def _cpu_rows(
+    x_TD: torch.Tensor,
+    token_of_row_R: torch.Tensor,
+    ends_E: torch.Tensor,
+    gate_up_E2ID: torch.Tensor,
+    down_EDI: torch.Tensor,
+) -> torch.Tensor:
+    """An expert at a time from its tokens to its rows: what lies between stays in the cache.
+
+    In bfloat16 an expert's rows are rounded up to a multiple of 32 where there are so many; those too many are the next
+    experts', which write them after it. So products come in few shapes: the CPU's bfloat16 product is compiled for
+    each, which costs more than the product itself.
+    """
+    num_rows, step = len(token_of_row_R), 32 if x_TD.dtype == torch.bfloat16 else 1
+    out_RD = torch.empty([num_rows, down_EDI.shape[1]], dtype=x_TD.dtype)
+    begin = 0
+    ends: list[int] = ends_E.long().tolist()
+    for expert in range(len(ends)):
+        end = ends[expert]
+        if end > begin:
+            last = begin + (end - begin + step - 1) // step * step
+            last = last if last <= num_rows else end
+            rows = x_TD.index_select(0, token_of_row_R[begin:last])
+            gate, up = torch.mm(rows, gate_up_E2ID[expert].t()).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), down_EDI[expert].t(), out=out_RD[begin:last])
+        begin = end
+    return out_RD
 
 
 def _quack_rows(

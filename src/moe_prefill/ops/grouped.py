@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from .backend import triton_enabled
 from .quantize import FLOAT8
 
-_ROW_STEP = 32
-
 
 def ref_grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Rows ``ends[e - 1]:ends[e]`` times ``weight[e]`` transposed; [R, N]. Reads the group ends on the host."""
@@ -33,8 +31,7 @@ def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Te
     assert rows_RC.shape[1] == weight_ENC.shape[2], (rows_RC.shape, weight_ENC.shape)
     assert len(ends_E) == len(weight_ENC), (ends_E.shape, weight_ENC.shape)
     if not rows_RC.is_cuda:
-        rounded = rows_RC.dtype == torch.bfloat16
-        return (_rounded_grouped_mm if rounded else ref_grouped_mm)(rows_RC, weight_ENC, ends_E)
+        return ref_grouped_mm(rows_RC, weight_ENC, ends_E)
     if rows_RC.dtype == torch.bfloat16 and _aligned(rows_RC, weight_ENC, 8):
         return F.grouped_mm(rows_RC, weight_ENC.transpose(1, 2), offs=ends_E)
     if triton_enabled():
@@ -42,23 +39,6 @@ def grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Te
 
         return grouped_mm_kernel(rows_RC, weight_ENC, ends_E)
     return ref_grouped_mm(rows_RC, weight_ENC, ends_E)
-
-
-def _rounded_grouped_mm(rows_RC: torch.Tensor, weight_ENC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """``ref_grouped_mm`` with each group's rows rounded up to a multiple of ``_ROW_STEP`` where there are so many.
-
-    The rows too many are the next groups', which write them after it. So products come in few shapes: the CPU's
-    bfloat16 product is compiled for each, which costs more than the product itself.
-    """
-    out = torch.empty(len(rows_RC), weight_ENC.shape[1], dtype=rows_RC.dtype, device=rows_RC.device)
-    begin = 0
-    for group, end in enumerate(ends_E.tolist()):
-        if end > begin:
-            last = begin - (begin - end) // _ROW_STEP * _ROW_STEP
-            last = last if last <= len(rows_RC) else end
-            torch.mm(rows_RC[begin:last], weight_ENC[group].t(), out=out[begin:last])
-        begin = end
-    return out
 
 
 def ref_scaled_grouped_mm(

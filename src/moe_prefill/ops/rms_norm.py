@@ -6,6 +6,7 @@ import torch
 
 from .backend import use_triton
 from .quantize import ref_quantize_rows
+from .script import scripted
 
 
 def ref_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,7 +23,7 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
         from .kernels.rms_norm import rms_norm_kernel
 
         return rms_norm_kernel(x_TD, weight_D, eps)
-    return _rms_norm(x_TD, weight_D, eps)
+    return few_passes_rms_norm(x_TD, weight_D, eps) if x_TD.is_cuda else _cpu_rms_norm(x_TD, weight_D, eps)
 
 
 def rms_norm_quantize(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +33,7 @@ def rms_norm_quantize(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) ->
         from .kernels.rms_norm import rms_norm_quantize_kernel
 
         return rms_norm_quantize_kernel(x_TD, weight_D, eps)
-    return ref_quantize_rows(_rms_norm(x_TD, weight_D, eps))
+    return ref_quantize_rows(few_passes_rms_norm(x_TD, weight_D, eps))
 
 
 def ref_add_rms_norm_(x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,10 +49,10 @@ def add_rms_norm_(x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Te
         from .kernels.rms_norm import add_rms_norm_kernel_
 
         return add_rms_norm_kernel_(x_TD, delta_TD, weight_D, eps)
-    return _rms_norm(x_TD.add_(delta_TD), weight_D, eps)
+    return rms_norm(x_TD.add_(delta_TD), weight_D, eps)
 
 
-def _rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+def few_passes_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """The reference with few passes over memory; torch would convert operands of mixed types once more each."""
     wide = x_TD.float()
     norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -59,3 +60,6 @@ def _rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.T
     if wide is x_TD:
         return torch.mul(x_TD, scale).mul_(weight_D)
     return wide.mul_(scale).to(x_TD.dtype).mul_(weight_D)
+
+
+_cpu_rms_norm = scripted(few_passes_rms_norm)

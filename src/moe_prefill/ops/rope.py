@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 
 from .backend import use_triton
-from .rms_norm import rms_norm
+from .rms_norm import few_passes_rms_norm
+from .script import scripted
 
 
 def rope_tables(
@@ -48,14 +49,17 @@ def head_norm_rope(
         from .kernels.rope import head_norm_rope_kernel
 
         return head_norm_rope_kernel(x_THd, weight_d, cos_Tr, sin_Tr, eps, out)
-    if weight_d is not None:
-        x_THd = rms_norm(x_THd, weight_d, eps)
-    rotated = _apply_rope(x_THd, cos_Tr, sin_Tr)
+    normed_rope = _cpu_head_norm_rope if x_THd.device.type == "cpu" else _head_norm_rope
+    rotated = normed_rope(x_THd, weight_d, cos_Tr, sin_Tr, eps)
     return rotated if out is None else out.copy_(rotated)
 
 
-def _apply_rope(x_THd: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:
-    """The reference without its temporaries: each half is written where it belongs."""
+def _head_norm_rope(
+    x_THd: torch.Tensor, weight_d: torch.Tensor | None, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The references without their temporaries: each half is written where it belongs."""
+    if weight_d is not None:
+        x_THd = few_passes_rms_norm(x_THd, weight_d, eps)
     half = cos_Tr.shape[-1]
     cos, sin = cos_Tr[:, None, :], sin_Tr[:, None, :]
     first, second = x_THd[..., :half], x_THd[..., half : 2 * half]
@@ -64,3 +68,6 @@ def _apply_rope(x_THd: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor)
     torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
     out[..., 2 * half :] = x_THd[..., 2 * half :]
     return out
+
+
+_cpu_head_norm_rope = scripted(_head_norm_rope)
