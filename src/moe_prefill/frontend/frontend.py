@@ -180,7 +180,8 @@ class Frontend:
         self._alive = [w for w in self.workers if w.alive]
 
     def _give(self, ticket: Ticket, worker: Worker) -> None:
-        blocks = worker.table.spared(ticket, self.costs.rule)
+        blocks = worker.table.match(ticket.chain, ticket.usable_blocks)
+        blocks = worker.table.spared(ticket, blocks, self.costs.rule)
         worker.load.book(ticket, self.costs.of(ticket, BLOCK_TOKENS * blocks))
         worker.table.promise(ticket.chain)
         worker.waiting.add(ticket)

@@ -238,16 +238,20 @@ class Ours:
 
     def _options(self, ticket: Ticket, workers: Sequence[Worker]) -> list[_Option]:
         """What each worker would make of it."""
-        costs: dict[int, Cost] = {}
+        costs: dict[int, Cost] = {0: self._costs.of(ticket, 0)}
+
+        def cost(blocks: int) -> Cost:
+            if blocks not in costs:
+                costs[blocks] = self._costs.of(ticket, BLOCK_TOKENS * blocks)
+            return costs[blocks]
+
         options = []
         for worker in workers:
             blocks = _blocks(worker, ticket)
-            spared = worker.table.spared(ticket, self._costs.rule) if blocks else 0
-            for begin in {0, blocks, spared} - costs.keys():
-                costs[begin] = self._costs.of(ticket, BLOCK_TOKENS * begin)
-            saved = costs[0].flops - costs[blocks].flops
-            may_have_it = worker.load.flops < self._limit + self.extensions.together * saved
-            options.append(_Option(worker, blocks, worker.load.ns + costs[spared].ns, may_have_it))
+            spared = worker.table.spared(ticket, blocks, self._costs.rule) if blocks else 0
+            limit = self._limit + self.extensions.together * (costs[0].flops - cost(blocks).flops)
+            done_ns = worker.load.ns + cost(spared).ns
+            options.append(_Option(worker, blocks, done_ns, worker.load.flops < limit))
         return options
 
 

@@ -36,12 +36,11 @@ class PrefixTable:
         """How many leading blocks, at most ``limit``, are here or will be."""
         return held_blocks(chain, limit, self.committed, self.pending)
 
-    def spared(self, ticket: Ticket, rule: SharingRule) -> int:
-        """How many leading blocks the worker will not compute for a request: those that its pool holds, and of those
-        that are promised as many as the forest of a sweep shares, if all that promised them are in one sweep.
+    def spared(self, ticket: Ticket, blocks: int, rule: SharingRule) -> int:
+        """How many of the ``blocks`` that match the worker will not compute for a request: those that its pool holds,
+        and of those that are promised as many as the forest of a sweep shares, if all that promised them are in one.
         """
-        blocks = self.match(ticket.chain, ticket.usable_blocks)
-        held = held_blocks(ticket.chain, blocks, self.committed)
+        held = held_blocks(ticket.chain, blocks, self.committed) if self.committed else 0
         while blocks > held:
             others = self.pending[ticket.chain[blocks - 1]]
             begin = self._first_promised(ticket.chain, others, held, blocks - 1)
