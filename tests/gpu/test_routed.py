@@ -1,7 +1,5 @@
 """The frontend over worker processes on a GPU: the answers of one engine, also in rounds and through a loss."""
 
-import signal
-import threading
 from dataclasses import replace
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from moe_prefill.engine import build_engine
 from moe_prefill.workers import RoutedEngine, Routing
 from tests.gpu.test_workers import CONFIG, REQUESTS
-from tests.workers.helpers import harm, wait_for, workers
+from tests.workers.helpers import harm_later, wait_for, workers
 from tests.workers.test_routed_real import check_close
 
 pytestmark = pytest.mark.gpu
@@ -29,12 +27,7 @@ def test_two_routed_workers_on_one_gpu_one_of_them_killed(expected, residency, k
     config = replace(CONFIG, dtype="float32", gpus=2, residency=residency, kv_gib=kv_gib)
     engine = RoutedEngine(config, Routing(max_wait_s=0.002))
     assert engine.plan.schedule == ("rounds" if residency == "hybrid" else "free")
-
-    def harm_one() -> None:
-        assert wait_for(lambda: engine.stats.sweeps > 3, 60)
-        harm(workers()[1], signal.SIGKILL)
-
-    threading.Thread(target=harm_one).start()
+    harm_later(engine, 1, sweeps=3)
     replies = [reply for request in REQUESTS for reply in engine.submit([request])]  # one by one
     check_close([reply.result(120) for reply in replies], expected)
     assert wait_for(lambda: engine.stats.restarts == 1, 120)

@@ -1,7 +1,6 @@
 """Worker processes on a GPU: two of them on one, bit for bit the answers of one engine, through the loss of one."""
 
 import signal
-import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from moe_prefill.engine import build_engine
 from moe_prefill.engine.progress import LayerCounter
 from moe_prefill.workers import GroupEngine, Patience
 from moe_prefill.workers.page import ProgressPage
-from tests.workers.helpers import harm, wait_for, workers
+from tests.workers.helpers import harm_later, wait_for, workers
 from tests.workers.test_real_engine import DEMO, equal, requests_of
 
 pytestmark = pytest.mark.gpu
@@ -34,12 +33,7 @@ def expected():
 def check(config: EngineConfig, expected, number: int) -> None:
     """Score while one worker is harmed in the middle."""
     engine = GroupEngine(config, Patience(layer_s=5))
-
-    def harm_one() -> None:
-        assert wait_for(lambda: engine.stats.sweeps > 5, 60)
-        harm(workers()[1], number)
-
-    threading.Thread(target=harm_one).start()
+    harm_later(engine, 1, sweeps=5, number=number)
     assert all(equal(a, b) for a, b in zip(expected, engine.score(REQUESTS), strict=True))
     assert wait_for(lambda: engine.stats.restarts == 1, 120)
     print(f"{config.residency}: back after {engine.stats.recovery_s:.1f} s")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from moe_prefill.core import ScoringEngine
 
 
 def children(pid: int | str = "self") -> list[int]:
@@ -52,3 +56,13 @@ def wait_for(true: Callable[[], object], seconds: float = 20.0) -> bool:
 def harm(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def harm_later(engine: ScoringEngine, rank: int, *, sweeps: int, number: int = signal.SIGKILL) -> None:
+    """Return at once; a thread signals a worker as soon as the engine has computed more than ``sweeps`` sweeps."""
+
+    def harm_one() -> None:
+        assert wait_for(lambda: engine.stats.sweeps > sweeps, 60)
+        harm(workers()[rank], number)
+
+    threading.Thread(target=harm_one).start()

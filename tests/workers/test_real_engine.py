@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from moe_prefill.engine.build import rank_device
 from moe_prefill.errors import PlanError, UsageError
 from moe_prefill.experts import Ranks
 from moe_prefill.workers import GroupEngine
-from tests.workers.helpers import harm, wait_for, workers
+from tests.workers.helpers import harm_later, wait_for, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo_model"
@@ -84,12 +82,7 @@ def check_equal(config: EngineConfig, sizes: dict[int, bool], requests: list[Ato
         assert engine.plan_digest == alone.plan_digest
         assert engine.limits == alone.limits
         if kill:
-
-            def kill_one(engine=engine) -> None:
-                assert wait_for(lambda: engine.stats.sweeps > 0)
-                harm(workers()[-1], signal.SIGKILL)
-
-            threading.Thread(target=kill_one).start()
+            harm_later(engine, -1, sweeps=0)
         results = engine.score(requests)
         assert all(equal(a, b) for a, b in zip(expected, results, strict=True))
         stats = engine.stats
@@ -120,12 +113,7 @@ def test_ranks_that_stage_shards_for_one_another_survive_a_loss(tmp_path):
     expected = build_engine(config_of(tmp_path, max_sweep_tokens=300)).score(requests)
     engine = GroupEngine(config_of(tmp_path, max_sweep_tokens=300, residency="hybrid", gpus=2))
     assert engine.plan.schedule == "rounds"
-
-    def kill_one() -> None:
-        assert wait_for(lambda: engine.stats.sweeps > 4)
-        harm(workers()[1], signal.SIGKILL)
-
-    threading.Thread(target=kill_one).start()
+    harm_later(engine, 1, sweeps=4)
     assert all(equal(a, b) for a, b in zip(expected, engine.score(requests), strict=True))
     assert engine.stats.restarts == 1
     engine.close()

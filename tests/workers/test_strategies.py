@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import transformers
 from moe_prefill.engine import build_engine
 from moe_prefill.errors import UsageError
 from moe_prefill.workers import GroupEngine, build_scoring
-from tests.workers.helpers import harm, wait_for, workers
+from tests.workers.helpers import harm_later, wait_for, workers
 from tests.workers.test_real_engine import TINY, config_of, requests_of
 
 STRATEGIES = ("dp+ep", "dp+tp", "tp+ep", "tp+tp", "pp+pp")
@@ -33,12 +31,7 @@ def test_a_strategy_in_processes_answers_like_one_engine(model, strategy):
     requests = requests_of(4, 97, 200)
     expected = build_engine(config_of(model, max_sweep_tokens=400)).score(requests)
     engine = GroupEngine(config_of(model, max_sweep_tokens=400, strategy=strategy, gpus=2))
-
-    def kill_one() -> None:
-        assert wait_for(lambda: engine.stats.sweeps > 2)
-        harm(workers()[0], signal.SIGKILL)
-
-    threading.Thread(target=kill_one).start()
+    harm_later(engine, 0, sweeps=2)
     for want, got in zip(expected, engine.score(requests), strict=True):
         np.testing.assert_allclose(got.logits, want.logits, rtol=1e-4, atol=1e-4)
         assert (got.log_z is None) == (want.log_z is None)
