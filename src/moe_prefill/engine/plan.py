@@ -14,7 +14,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from ..core import AtomicRequest, BoolArray, Int64Array, ModelSpec
+from ..core import AtomicRequest, BoolArray, Int32Array, Int64Array, ModelSpec
 from ..costmodel import sweep_flops
 from ..forest import Forest, SharingRule, build_forest
 from ..memory import MemoryPlan
@@ -123,8 +123,11 @@ def build_sweep_plan(
         rope=rope.on(on_device),
         row_blocks=tuple(RowBlock(block, _on(on_device, keys)) for block, keys in staged_blocks),
         pool=None if staged_pool is None else staged_pool.on(on_device),
-        chunks_by_window={w: _device_chunks(on_device, cs) for w, cs in staged_everywhere.items()},
-        last_chunks=_device_chunks(on_device, staged_last),
+        chunks_by_window={
+            w: _longest_first(_device_chunks(on_device, cs), everywhere[w], positions, cores)
+            for w, cs in staged_everywhere.items()
+        },
+        last_chunks=_longest_first(_device_chunks(on_device, staged_last), last, positions, cores),
         last_rows=carried.num_rows,
         candidates=None if candidates is None else candidates.on(on_device),
         vocabulary=None if vocabulary is None else vocabulary.on(on_device),
@@ -158,6 +161,18 @@ def rows_of_chunk(spec: ModelSpec, most: int, tokens: int, cores: int) -> int:
         return most
     worthwhile = 64 * spec.num_experts // spec.top_k
     return min(most, max(worthwhile, min(most, tokens) // cores + 1))
+
+
+def _longest_first(
+    on_device: tuple[DeviceChunk, ...], chunks: Sequence[Chunk], positions: Int32Array, cores: int
+) -> tuple[DeviceChunk, ...]:
+    """On several cores, the order in which these have finished most nearly together: of as many rows, those that see
+    most keys first.
+    """
+    if cores == 1:
+        return on_device
+    keys = [int(positions[chunk.rows].sum(dtype=np.int64)) for chunk in chunks]
+    return tuple(on_device[index] for index in np.argsort([-count for count in keys], kind="stable"))
 
 
 def _asked_rows(forest: Forest, requests: Sequence[AtomicRequest]) -> Int64Array:
