@@ -215,3 +215,19 @@ def test_grouped_products_leave_every_row_to_its_own_group(counts, dtype):
     want = ref_grouped_mm(rows, weights, ends)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(ops.grouped_mm(rows, weights, ends), want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+def test_a_scripted_function_gives_what_its_python_gives(dtype):
+    """Python 3.14 and later run it as it stands."""
+    from moe_prefill.ops import cpu_attention
+
+    q, k, v = (torch.randn(150, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    given = [x.to(dtype) for x in (q, k, v)]
+    found = []
+    for function in (cpu_attention.large_entries_, cpu_attention.large_entries_.__wrapped__):
+        out, lse = torch.zeros_like(given[0]), torch.zeros(150, 4)
+        function(*given, out, lse, [(0, 70), (70, 150)], [(0, 70), (70, 150)], [True, False], True, 40, 0.25)
+        found.append((out, lse))
+    assert all(map(torch.equal, *found))
+    assert not found[0][1][70:].any()
