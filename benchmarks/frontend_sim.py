@@ -1,6 +1,6 @@
 """Routing policies in virtual time: Qwen3-235B-A22B, FP8 experts, H200s, on the paper's aggregated workload and mixes.
 
-    python benchmarks/frontend_sim.py --out benchmarks/results/frontend_sim.json  # about half an hour of one core
+    python benchmarks/frontend_sim.py --out benchmarks/results/frontend_sim.json  # about 20 minutes of one core
     python benchmarks/frontend_sim.py --scale 0.02 --workers 2 8 --out /tmp/small.json
 
 The router, its tables and the forming of sweeps are the real ones; workers take the time that the cost model predicts
