@@ -16,8 +16,8 @@ from .errors import PlanError
 
 GIB = 1 << 30
 DeviceKind = Literal["cuda", "cpu"]
-_CHUNK_ROWS = {"cuda": 16384, "cpu": 2048}
-_MOST_CHUNK_ROWS = {"cuda": 65536, "cpu": 2048}  # where memory is left
+_CHUNK_ROWS = {"cuda": 16384, "cpu": 8192}
+_MOST_CHUNK_ROWS = {"cuda": 65536, "cpu": 8192}  # where memory is left
 _LEAST_CHUNK_ROWS = 256
 _LOGITS_SHARE, _MOST_LOGITS_ROWS = 16, 1024  # a 16th of a chunk's rows go through the LM head at a time
 _GATHERED_KEYS = 2  # a chunk's, for one of its rows

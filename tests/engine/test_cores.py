@@ -72,7 +72,7 @@ def test_an_error_reaches_the_caller_and_threads_come_back():
 def test_chunks_for_cores_keep_enough_rows_for_an_expert():
     spec = spec_from_hf(preset("Qwen3-30B-A3B"))  # 8 of 128 experts: 1024 rows give 64 an expert
     assert rows_of_chunk(spec, 4096, 100_000, cores=1) == 4096
-    assert rows_of_chunk(spec, 4096, 100_000, cores=2) == 2049
+    assert rows_of_chunk(spec, 4096, 100_000, cores=2) == 2000  # 25 rounds on both cores, at most 2048 rows each
     assert rows_of_chunk(spec, 4096, 100_000, cores=64) == 1024
     assert rows_of_chunk(spec, 500, 100_000, cores=64) == 500
-    assert rows_of_chunk(spec, 4096, 3000, cores=2) == 1501
+    assert rows_of_chunk(spec, 4096, 3000, cores=2) == 1500

@@ -154,13 +154,14 @@ class _Cut(TypedDict):
 
 
 def rows_of_chunk(spec: ModelSpec, most: int, tokens: int, cores: int) -> int:
-    """Rows of a chunk: ``most`` on one core; on several their share of that and of the sweep's tokens, but enough that
-    an expert's product has some 64 rows.
+    """Rows of a chunk: ``most`` on one core. On several, which have a chunk each at a time, these are ``most`` together
+    and every core gets as many, but enough that an expert's product has some 64 rows.
     """
     if cores == 1:
         return most
     worthwhile = 64 * spec.num_experts // spec.top_k
-    return min(most, max(worthwhile, min(most, tokens) // cores + 1))
+    rounds = -(-tokens // max(most, cores * worthwhile))
+    return min(most, max(worthwhile, -(-tokens // (cores * rounds))))
 
 
 def _longest_first(
