@@ -154,11 +154,11 @@ class PeerProcess:
             self.experts, self.batch = experts, 2
             self.seconds(method, few[:1])
             times[experts] = self.seconds(method, few)
-        found = {}
-        for experts in (name for name in EXPERTS if times[name] <= 2 * min(times.values())):
-            for batch in batches:
-                self.experts, self.batch = experts, batch
-                found[(experts, batch)] = min(self.seconds(method, more) for _ in range(3))
+        settings = [(name, batch) for name in EXPERTS if times[name] <= 2 * min(times.values()) for batch in batches]
+        found = dict.fromkeys(settings, float("inf"))
+        for setting in settings * 3:  # in turn, so that a disturbance does not choose
+            self.experts, self.batch = setting
+            found[setting] = min(found[setting], self.seconds(method, more))
         self.experts, self.batch = min(found, key=lambda setting: found[setting])
         return f"experts {self.experts}, batch {self.batch}; of {len(EXPERTS)} implementations, batches {batches}"
 
