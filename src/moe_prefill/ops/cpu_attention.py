@@ -174,11 +174,11 @@ def _padded(values: torch.Tensor, step: int) -> torch.Tensor:
     return padded
 
 
-def _block_rows(row_scores: int) -> int:
+def _block_rows(row_scores: int, most: int = _BLOCK_SCORES) -> int:
     """Rows of a block whose scores stay in the cache: 64, 32 or 16."""
-    if 64 * row_scores <= (1 << 18):
+    if 64 * row_scores <= most:
         return 64
-    return 32 if 32 * row_scores <= (1 << 18) else 16
+    return 32 if 32 * row_scores <= most else 16
 
 
 def _float32(x: torch.Tensor) -> torch.Tensor:
