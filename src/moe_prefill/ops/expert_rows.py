@@ -55,7 +55,7 @@ def explain(device: torch.device) -> list[str]:
 
 def _suits_hopper(x_TD: torch.Tensor, down_EDI: torch.Tensor) -> bool:
     """The dtype, and rows of 16 bytes for the loads."""
-    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and all(size % 8 == 0 for size in down_EDI.shape[1:])
+    return x_TD.dtype == torch.bfloat16 and all(size % 8 == 0 for size in down_EDI.shape[1:])
 
 
 def _torch_rows(

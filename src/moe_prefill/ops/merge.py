@@ -35,13 +35,11 @@ def merge_(out_THd: torch.Tensor, lse_TH: torch.Tensor, other_THd: torch.Tensor,
         from .kernels.merge import merge_kernel_
 
         merge_kernel_(out_THd, lse_TH, other_THd, other_lse_TH)
-        return
-    rows = (other_lse_TH != -torch.inf).any(1)
-    if out_THd.is_cuda or bool(rows.all()):
+    elif out_THd.is_cuda:
         ref_merge_(out_THd, lse_TH, other_THd, other_lse_TH)
-        return
-    # A CPU saves the rows between descendants of one ancestor and the next, which have nothing to merge.
-    some = rows.nonzero().squeeze(1)
-    out, lse = out_THd[some], lse_TH[some]
-    ref_merge_(out, lse, other_THd[some], other_lse_TH[some])
-    out_THd[some], lse_TH[some] = out, lse
+    else:
+        # A CPU saves the rows between descendants of one ancestor and the next, which have nothing to merge.
+        rows = (other_lse_TH != -torch.inf).any(1).nonzero().squeeze(1)
+        out, lse = out_THd[rows], lse_TH[rows]
+        ref_merge_(out, lse, other_THd[rows], other_lse_TH[rows])
+        out_THd[rows], lse_TH[rows] = out, lse

@@ -1,7 +1,7 @@
 """Functions of many small operations that run on a CPU without Python's lock.
 
-Threads that share a CPU's cores take the lock anew behind every operation and wait for each other there: with
-operations of some ten microseconds, a fifth of the time on two cores. A function in TorchScript holds no lock from its
+Threads that share a CPU's cores take the lock anew behind every operation and wait for each other there, which counts
+where operations take some ten microseconds (docs/log.md). A function in TorchScript holds no lock from its
 beginning to its end. TorchScript is a part of Python, so where it is not to be had (it ends with Python 3.13) the
 function runs as it stands.
 """

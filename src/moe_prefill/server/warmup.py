@@ -44,7 +44,7 @@ def warm_up(engine: ScoringEngine, paces: Collection[Pace], mode: Warmup) -> Non
 
 def keep_heap() -> None:
     """Modules, tokenizer and engine stay as long as the process. Full collections, which stop all threads, pass them
-    over from now on: they took 80 ms each, and a tenth of the time of rows of 200 tokens.
+    over from now on.
     """
     gc.collect()
     gc.freeze()
