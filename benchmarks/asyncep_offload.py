@@ -31,7 +31,7 @@ from moe_prefill.calibrate import calibrate
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import AtomicRequest
 from moe_prefill.costmodel import Batch, Streaming, predict_sweep, saturation
-from moe_prefill.engine import LocalEngine, build_engine
+from moe_prefill.engine import LocalEngine, build_engine, peak_bytes
 from moe_prefill.engine.build import pick_device
 from moe_prefill.engine.load import open_model
 from moe_prefill.machine import MachineProfile, save_profile
@@ -106,7 +106,7 @@ def cell_of(engine: LocalEngine, timing: Timing, tokens: int, count: int, **more
         "exposed_ms": timing.exposed_ms,
         "exposed_first_ms": timing.exposed_first_ms,
         "first_sweep_ms": timing.first_sweep_ms,
-        "peak_hbm_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_hbm_gib": peak_bytes(pick_device("auto")) / GIB,
         "command": COMMAND,
         **more,
     }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moe_prefill.bench import save_report
 from moe_prefill.core import AtomicRequest
-from moe_prefill.engine import LocalEngine
+from moe_prefill.engine import LocalEngine, peak_bytes
 from moe_prefill.engine.load import open_model
 from moe_prefill.errors import MoePrefillError
 from moe_prefill.machine import datasheet_peak
@@ -137,7 +137,7 @@ def cell_of(
         cell["levels"] = ", ".join(f"{levels.count(level)} {level}" for level in dict.fromkeys(levels) if level)
         cell["exposed_ms"] = 1e3 * (engine.stats.exposed_s - exposed) / max(1, engine.stats.sweeps - sweeps)
     if rank.device.type == "cuda":
-        cell["peak_hbm_gib"] = rank.most(torch.cuda.max_memory_allocated(rank.device)) / GIB
+        cell["peak_hbm_gib"] = rank.most(peak_bytes(rank.device)) / GIB
         precision = {"fp8": "float8", "bf16": "bfloat16", "fp32": "float32"}[rank.options.precision]
         peak = datasheet_peak(torch.cuda.get_device_name(rank.device), precision)
         if peak is not None:

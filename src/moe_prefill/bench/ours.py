@@ -12,7 +12,7 @@ import torch
 from .. import ops
 from ..core import AtomicRequest, AtomicResult, ScoringEngine
 from ..costmodel import Batch, predict_sweep
-from ..engine import LocalEngine
+from ..engine import LocalEngine, peak_bytes
 from ..errors import UsageError
 from ..machine import MachineProfile, estimated_profile, load_profile
 from ..residency.speed import PRECISIONS, with_chunks
@@ -153,7 +153,7 @@ def _memory(engine: LocalEngine) -> dict[str, Any]:
         device = torch.device("cuda", torch.cuda.current_device())
         found["attention_kernel"] = ops.flash_kernel(device).name
         found["experts_kernel"] = engine.experts_kernel
-        found["peak_hbm_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["peak_hbm_gib"] = peak_bytes(device) / 2**30
     return found
 
 

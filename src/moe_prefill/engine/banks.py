@@ -27,6 +27,7 @@ from ..experts import (
     Setup,
     StreamedBanks,
     Transport,
+    device_memory,
     open_lane,
 )
 from ..models.weights import ExpertBank
@@ -149,7 +150,7 @@ class BankMemory:
         return ExpertBank(**self._setup.layout.views(buffer))
 
     def _new_bank(self) -> torch.Tensor:
-        return torch.empty(self._setup.layout.bank_bytes, dtype=torch.uint8, device=self._setup.device)
+        return device_memory.empty(self._setup.layout.bank_bytes, self._setup.device)
 
 
 def _bank_slot(slot: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
+from ..experts import device_memory
 from ..memory import GIB
 
 _CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
@@ -22,6 +23,11 @@ def free_bytes(device: torch.device, limit_gib: float | None) -> int:
     else:
         free = available_host_bytes() // 2  # the other half is the system's and the tables'
     return free if limit_gib is None else min(free, int(limit_gib * GIB))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes of a CUDA device that this process had in use at once: torch's, and banks, which stay."""
+    return torch.cuda.max_memory_allocated(device) + device_memory.held_bytes(device)
 
 
 def host_pool_bytes(limit_gib: float | None) -> int:

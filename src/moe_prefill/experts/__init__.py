@@ -1,5 +1,6 @@
 """Where expert banks live and how a layer gets its own: the one seam between the mathematics and weight streaming."""
 
+from . import device_memory
 from .host_pool import HostPool
 from .hybrid import HybridTransport
 from .lanes import DEFAULT_SLICE_BYTES, Lane, Mark, open_lane
@@ -31,5 +32,6 @@ __all__ = [
     "StreamedBanks",
     "TransferStats",
     "Transport",
+    "device_memory",
     "open_lane",
 ]

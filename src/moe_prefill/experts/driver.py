@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
+
+
+def is_here() -> bool:
+    """Whether the package that these calls go through is installed; it comes with torch's wheels for CUDA."""
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
 def _driver() -> Any:
@@ -82,11 +88,14 @@ def wait_value(pointer: int, value: int, stream: int) -> None:
 
 
 def allocate(num_bytes: int) -> int:
-    """Device memory outside torch's allocator, whose blocks cannot be exported one by one."""
+    """Device memory outside torch's allocator, whose blocks cannot be exported one by one; RuntimeError where there is
+    too little.
+    """
     return int(_call("cuMemAlloc", num_bytes))
 
 
 def free(pointer: int) -> None:
+    """Give memory back once all work on it is done."""
     _call("cuMemFree", pointer)
 
 
@@ -136,10 +145,11 @@ class DeviceBytes:
         return DeviceBytes(self.pointer + first, max(0, last - first))
 
 
-class _Pointer:
-    """A device pointer in the form in which array libraries exchange them."""
+class Exchanged:
+    """Bytes at a device pointer in the form in which array libraries exchange them."""
 
     def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.pointer, self.num_bytes = pointer, num_bytes
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -148,8 +158,8 @@ class _Pointer:
         }
 
 
-def tensor_at(pointer: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 [num_bytes] over device memory that the caller keeps; no copy."""
-    tensor = torch.as_tensor(_Pointer(pointer, num_bytes), device=device)
-    assert tensor.data_ptr() == pointer, "the memory was copied: it lies on another device"
+def tensor_over(memory: Exchanged, device: torch.device) -> torch.Tensor:
+    """uint8 [num_bytes] over device memory, no copy. ``memory`` lives as long as any view of the tensor."""
+    tensor = torch.as_tensor(memory, device=device)
+    assert tensor.data_ptr() == memory.pointer, "the memory was copied: it lies on another device"
     return tensor

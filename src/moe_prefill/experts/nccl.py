@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from ..errors import WorkerError
+from . import device_memory
 from .lanes import Lane
 from .ranks import Ranks
 from .transport import BytesByLink, Setup
@@ -26,9 +27,7 @@ class NcclTransport:
     """Each shard is a tensor of its own on the device."""
 
     def __init__(self, layers: Sequence[int], setup: Setup) -> None:
-        self._shards = {
-            layer: torch.empty(setup.shard_bytes, dtype=torch.uint8, device=setup.device) for layer in layers
-        }
+        self._shards = {layer: device_memory.empty(setup.shard_bytes, setup.device) for layer in layers}
         self._places = setup.layout.shards(setup.ranks.size)
         self._rank = setup.ranks.rank
         self._group = _open_group(setup.ranks, setup.device)

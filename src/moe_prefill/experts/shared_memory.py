@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ..errors import PlanError, WorkerError
-from . import driver
+from . import device_memory, driver
 from .lanes import Bytes
 from .ranks import Ranks
 
@@ -102,11 +102,11 @@ class _CudaMemory:
         self._opened: list[int] = []
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        self._num_bytes = num_bytes
+        self._num_bytes, some = num_bytes, max(num_bytes, 1)
+        self._pointer = device_memory.allocate(some, self._device)
         with driver.on(self._device):
-            self._pointer = driver.allocate(max(num_bytes, 1))
-            driver.zero(self._pointer, max(num_bytes, 1))
-        return driver.tensor_at(self._pointer, max(num_bytes, 1), self._device)[:num_bytes]
+            driver.zero(self._pointer, some)
+        return driver.tensor_over(driver.Exchanged(self._pointer, some), self._device)[:num_bytes]
 
     def handle(self) -> bytes:
         with driver.on(self._device):
@@ -128,8 +128,7 @@ class _CudaMemory:
         self._opened.clear()
 
     def free(self) -> None:
-        with driver.on(self._device):
-            driver.free(self._pointer)
+        device_memory.free(self._pointer, max(self._num_bytes, 1), self._device)
 
     def _check_access(self, uuid: str, rank: int) -> None:
         """PlanError unless this device can read the memory of a peer's."""
