@@ -15,7 +15,7 @@ from moe_prefill.errors import InputError, OutputError, UsageError
 from moe_prefill.server import batchrunner, runbatch
 from moe_prefill.server.endpoints import BY_PATH
 from moe_prefill.server.keys import Keys, new_key
-from moe_prefill.server.runbatch import check_paths, run_batch
+from moe_prefill.server.runbatch import check_paths, known_job, run_batch
 from moe_prefill.server.store import Store
 
 from .batches import ended, line, sdk, served, start
@@ -59,8 +59,9 @@ class StoppingEngine(FakeEngine):
 
 def run(source, output, make_service, engine=None, **options):
     service = make_service(engine)
-    options = {"resume": False, "overwrite": False, "model": "m", **options}
-    return run_batch(source, output, service.context, service.scheduler.engine, **options)
+    known = known_job(source, service.context, options.pop("model", "m"), {})
+    options = {"resume": False, "overwrite": False, **options}
+    return run_batch(source, output, service.context, service.scheduler.engine, known=known, **options)
 
 
 def test_every_endpoint_can_be_asked_in_a_batch_and_replies_are_in_order(tmp_path, make_service):
@@ -110,10 +111,13 @@ def test_a_run_of_other_input_or_settings_is_not_gone_on_with(tmp_path, make_ser
     engine = StoppingEngine(1, vocab_size=tokenizer.vocab_size)
     with pytest.raises(Stopped):
         run(source, output, make_service, engine)
-    with pytest.raises(OutputError, match="another run"):
+    with pytest.raises(OutputError, match='weights: "m" there, "other" now'):
         run(source, output, make_service, engine, resume=True, model="other")
     source.write_text("\n".join(map(line, range(7))))
-    with pytest.raises(OutputError, match="another run"):
+    with pytest.raises(OutputError, match="the rows"):
+        run(source, output, make_service, engine, resume=True)
+    (tmp_path / ".out.jsonl.batch.json").write_text('{"job": "of an older version"}')
+    with pytest.raises(OutputError, match="start anew"):
         run(source, output, make_service, engine, resume=True)
 
 
@@ -150,6 +154,29 @@ def test_the_command_reads_files_and_settings(tmp_path, tokenizer, monkeypatch, 
     assert json.loads(capsys.readouterr().out)["completed"] == 1
     assert made[0].dtype == "float32"
     assert main(command) == OutputError.exit_code, "the output exists"
+
+
+def test_another_run_is_refused_before_its_model_is_loaded(tmp_path, tokenizer, monkeypatch, capsys):
+    from moe_prefill.cli import main
+
+    monkeypatch.setattr(runbatch, "_CHUNK_LINES", 1)
+    monkeypatch.setattr("moe_prefill.workers.build_scoring", lambda config: made.append(config) or engine)
+    made, engine = [], StoppingEngine(1, vocab_size=tokenizer.vocab_size, max_sweep=4096)
+    source = tmp_path / "in.jsonl"
+    source.write_text(line("a", {"prompt": "a", "max_tokens": 1}) + "\n" + line("b", {"prompt": "b", "max_tokens": 1}))
+    command = ["run-batch", "-i", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", str(MODEL)]
+    assert main(command) == 70
+    for options, told in (
+        (["--dtype", "float32"], 'engine.dtype: "bfloat16" there, "float32" now'),
+        (["--max-sweep-tokens", "64"], "engine.max_sweep_tokens: 4096 there, 64 now"),
+        (["--max-logprobs", "3"], "server.max_logprobs: 20 there, 3 now"),
+    ):
+        assert main([*command, "--resume", *options]) == OutputError.exit_code
+        assert told in capsys.readouterr().err
+    assert len(made) == 1, "the model was loaded"
+    engine.left = -1
+    assert main([*command, "--resume"]) == 0
+    assert made[1].max_sweep_tokens == 4096, "the size that the run began with"
 
 
 def test_the_openai_client_uploads_runs_and_downloads(tmp_path, make_service):

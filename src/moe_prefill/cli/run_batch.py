@@ -45,21 +45,25 @@ def _run_batch(
     server, engine = read_settings({**given(values, ServerConfig), **given(values, EngineConfig)}, os.environ, config)
     check_extra()
     from ..checkpoint import resolve_directory
+    from ..engine import plan_settings
     from ..jobs import model_fingerprint
-    from ..server.run import prepare
-    from ..server.runbatch import check_paths, run_batch
+    from ..server.run import UNBOUNDED, prepare
+    from ..server.runbatch import check_paths, known_job, resumed_config, run_batch
     from ..workers import build_scoring
 
     check_paths(Path(source), Path(output), resume=resume, overwrite=overwrite)
     context_of = prepare(server, engine)
     dummy = engine.load_format == "dummy"
     model = repr(engine) if dummy else model_fingerprint(resolve_directory(engine.model, revision=engine.revision))
+    known = known_job(Path(source), context_of(UNBOUNDED), model, plan_settings(engine))
+    if resume:
+        engine = resumed_config(Path(output), known, engine)
     begin_s = time.monotonic()
     with loading(engine, RunOptions(quiet=quiet)):
         scoring = build_scoring(engine)
     with closing(scoring):
         context = context_of(scoring.limits)
-        done = run_batch(Path(source), Path(output), context, scoring, resume=resume, overwrite=overwrite, model=model)
+        done = run_batch(Path(source), Path(output), context, scoring, resume=resume, overwrite=overwrite, known=known)
     if not quiet:
         facts = {"output": output, "lines": done.lines, "completed": done.completed, "failed": done.failed}
         print(json.dumps({**facts, "seconds": round(time.monotonic() - begin_s, 3)}))

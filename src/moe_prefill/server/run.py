@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SWEEPS_QUEUED = 8
+_HUGE = 2**31 - 1
+UNBOUNDED = EngineLimits(max_request_tokens=_HUGE, max_sweep_tokens=_HUGE, vocab_size=_HUGE)  # before there is a plan
 _LAST_REPLIES_S = 5.0  # for replies that are being written when the queue is empty
 
 
@@ -114,8 +116,7 @@ class _ContextOf:
 def prepare(server: ServerConfig, engine: EngineConfig) -> _ContextOf:
     """Read tokenizer and tasks, and check the tasks against a model without bounds. Raises what is wrong."""
     context_of = _ContextOf(server, engine)
-    huge = 2**31 - 1
-    context = context_of(EngineLimits(max_request_tokens=huge, max_sweep_tokens=huge, vocab_size=huge))
+    context = context_of(UNBOUNDED)
     context.task(context.rerank)
     if context.classify is not None:
         context.task(context.classify)

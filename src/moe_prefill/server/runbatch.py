@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import to_json
 
+from ..config import EngineConfig
 from ..core import ScoringEngine
 from ..errors import InputError, OutputError, UsageError
 from ..jobs.ahead import one_ahead
 from ..jobs.durable import Lock, file_digest, refusals_named, sync_directory, write_durably
+from ..jobs.manifest import Identity, check_same_job
 from .batchlines import Chunk, Line, read_chunks, refused_answer, reply_line
 from .context import Context, Plan, Results
 from .service import Answer, plan_body, refusal, salted, told
@@ -23,13 +26,14 @@ from .service import Answer, plan_body, refusal, salted, told
 # A chunk is one call of the engine, and what a killed run loses. Its bytes bound the memory.
 _CHUNK_LINES = 4096
 _CHUNK_BYTES = 4 << 20
+_SIZES = ("max_sweep_tokens", "chunk_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What is done: input and output bytes, and lines by outcome. ``job`` names input, model and settings."""
+    """What is done: input and output bytes, and lines by outcome. ``job``: what the replies depend on."""
 
-    job: str
+    job: Identity
     input_end: int = 0
     output_end: int = 0
     completed: int = 0
@@ -49,18 +53,26 @@ class _Planned:
 
 
 def run_batch(
-    source: Path, output: Path, context: Context, engine: ScoringEngine, *, resume: bool, overwrite: bool, model: str
+    source: Path,
+    output: Path,
+    context: Context,
+    engine: ScoringEngine,
+    *,
+    resume: bool,
+    overwrite: bool,
+    known: Identity,
 ) -> Progress:
-    """Answer every line of ``source`` into ``output``, in order. ``model`` names the weights by content.
+    """Answer every line of ``source`` into ``output``, in order. ``known`` comes from ``known_job``.
 
     Until all is done the replies are in a hidden file beside it. Answers depend on the file, the model and the
     engine's plan only, however often a run is killed and resumed. Raises UsageError, InputError and OutputError.
     """
     check_paths(source, output, resume=resume, overwrite=overwrite)
-    part, journal = (output.with_name(f".{output.name}.{end}") for end in ("part", "batch.json"))
+    part, journal = output.with_name(f".{output.name}.part"), _journal(output)
     with _locked(journal.with_suffix(".lock")):
-        job = _job_name(source, context, engine, model)
-        done = _resumed(journal, job, output) if resume else Progress(job=job)
+        job = known | _planned_job(engine)
+        done = (_recorded(output) if resume else None) or Progress(job=job)
+        check_same_job(journal, done.job, job)
         with refusals_named(part), part.open("r+b" if part.exists() and done.output_end else "wb") as file:
             file.truncate(done.output_end)
             file.seek(done.output_end)
@@ -146,26 +158,61 @@ def _finish(line: Line, plan: Plan, results: Results) -> Answer:
         return refusal(told(error), line.endpoint.forms[-1].dialect)
 
 
-def _job_name(source: Path, context: Context, engine: ScoringEngine, model: str) -> str:
-    facts = (file_digest(source), model, engine.plan_digest, context.tokenizer.fingerprint)
-    settings = (context.names, context.allow, context.rerank, context.classify, context.v1_rerank)
-    return hashlib.sha256(repr((facts, settings)).encode()).hexdigest()[:32]
+def known_job(source: Path, context: Context, model: str, settings: Mapping[str, object]) -> Identity:
+    """What replies depend on, as far as it is known before the engine is built, which ``context`` does not need either.
+    ``model`` names the weights by content, ``settings`` are the engine's. Raises InputError.
+    """
+    tasks = repr((context.rerank, context.classify)).encode()
+    return {
+        "input.content": file_digest(source),
+        "model.weights": model,
+        "model.tokenizer": context.tokenizer.fingerprint,
+        "server.tasks": hashlib.sha256(tasks).hexdigest(),
+        "server.served_model_name": list(context.names),
+        "server.v1_rerank": context.v1_rerank,
+        **{f"server.{name}": value for name, value in asdict(context.allow).items()},
+        **{f"engine.{name}": value for name, value in settings.items()},
+    }
 
 
-def _resumed(journal: Path, job: str, output: Path) -> Progress:
+def resumed_config(output: Path, known: Identity, config: EngineConfig) -> EngineConfig:
+    """The settings to go on with: sizes that are not given are those of the run that began, for today's free memory
+    may be another. Raises OutputError for a run that cannot be gone on with, before its model is loaded.
+    """
+    done = _recorded(output)
+    if done is None:
+        return config
+    given = {f"engine.{name}": size for name in _SIZES if (size := getattr(config, name)) is not None}
+    asked = known | given
+    check_same_job(_journal(output), {name: done.job.get(name) for name in asked}, asked)
+    kept = {name: done.job.get(f"engine.{name}") for name in _SIZES if getattr(config, name) is None}
+    sizes: dict[str, Any] = {name: size for name, size in kept.items() if isinstance(size, int)}
+    return replace(config, **sizes)
+
+
+def _recorded(output: Path) -> Progress | None:
+    """How far an earlier run came; None where none has begun. Raises OutputError for one that is finished."""
+    journal = _journal(output)
     if not journal.exists():
         if output.exists():
             raise OutputError(f"{output}: is finished; there is nothing to resume")
-        return Progress(job=job)
+        return None
     try:
         done = Progress(**json.loads(journal.read_text(encoding="utf-8")))
+        if not isinstance(done.job, dict):
+            raise TypeError("it is of another version")
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{journal}: cannot be read ({error}); start anew without --resume") from error
-    if done.job != job:
-        raise OutputError(
-            f"{journal}: belongs to another run: input, model, plan or settings changed; start anew without --resume"
-        )
     return done
+
+
+def _planned_job(engine: ScoringEngine) -> Identity:
+    sizes = {f"engine.{name}": getattr(engine.limits, name) for name in _SIZES}
+    return {"engine.plan": engine.plan_digest, **sizes}
+
+
+def _journal(output: Path) -> Path:
+    return output.with_name(f".{output.name}.batch.json")
 
 
 def _write_journal(path: Path, done: Progress) -> None:
