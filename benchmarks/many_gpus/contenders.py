@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,55 +23,27 @@ from moe_prefill.engine.load import open_model
 from moe_prefill.errors import MoePrefillError
 from moe_prefill.experts import Ranks
 from moe_prefill.memory import memory_plan
-from moe_prefill.strategies import Collectives, RankGroup, requested_share, strategy_engine
+from moe_prefill.strategies import Collectives, RankGroup, StrategyEngine, requested_share, strategy_engine
 from moe_prefill.strategies.build import agreed_plan, load_rank
 
-ASYNCEP = "asyncep"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Side:
-    """What is compared: a strategy on ``gpus`` ranks with experts of this skew; asyncep with a residency. ``part``: of
-    the benchmark that asks for it. ``layers``: how deep the model is. ``lengths``: tokens of the requests.
-    """
-
-    part: str
-    strategy: str
-    gpus: int
-    skew: float
-    layers: int
-    lengths: tuple[int, ...]
-    residency: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.strategy if self.residency is None else f"{self.strategy} {self.residency}"
-
-    @property
-    def owns_requests(self) -> bool:
-        """Every rank has requests of its own; otherwise all are given the same ones."""
-        return self.strategy == ASYNCEP or self.strategy.startswith("dp+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is searched: tokens of a sweep, rows of a chunk, micro-batches of a sweep (pp+pp)."""
-
-    sweep_tokens: int
-    chunk_rows: int
-    micro_batches: int = 1
+from .requests import longest_of
+from .sides import ASYNCEP, Setting, Side
 
 
 def settings_of(options: argparse.Namespace, side: Side) -> list[Setting]:
     """Largest first; where no sweep of the list holds the longest request, that request is a sweep."""
     micro = options.micro_batches if side.strategy == "pp+pp" else [1]
-    sweeps = sorted({*options.sweeps, max(*options.sweeps, *side.lengths)}, reverse=True)
+    sweeps = sorted({*options.sweeps, max(*options.sweeps, longest_of(options, side))}, reverse=True)
+    sweeps = sweeps if side.sweep_tokens is None else [side.sweep_tokens]
     return [Setting(*each) for each in itertools.product(sweeps, sorted(options.chunks, reverse=True), micro)]
 
 
 def config_of(options: argparse.Namespace, side: Side, setting: Setting | None = None) -> EngineConfig:
     """The settings of a rank's engine; without a ``setting`` its plan chooses the sizes."""
     sizes = {} if setting is None else {"max_sweep_tokens": setting.sweep_tokens, "chunk_rows": setting.chunk_rows}
+    memory, host = side.hbm_gib or options.hbm_gib, options.host_gib
+    if options.device == "cpu" and side.hbm_gib is not None:
+        host = side.hbm_gib * side.gpus  # there the ranks' memory is the host's
     return EngineConfig(
         model=options.model,
         device=options.device,
@@ -83,10 +55,11 @@ def config_of(options: argparse.Namespace, side: Side, setting: Setting | None =
         sharing="off",
         prune_last=False,
         residency=side.residency,
-        transport=options.transport,
-        memory_gib=options.hbm_gib,
-        host_gib=options.host_gib,
+        transport=side.transport,  # type: ignore[arg-type]
+        memory_gib=memory,
+        host_gib=host,
         threads=1 if options.device == "cpu" else None,
+        profile=options.profile_path if side.strategy == ASYNCEP else None,
         strategy=side.strategy,  # type: ignore[arg-type]
         micro_batches=setting.micro_batches if setting is not None else 4,
         **sizes,  # type: ignore[arg-type]
@@ -113,14 +86,30 @@ class Rank:
         return Ranks(self.rank, self.size, dist.PrefixStore(name, self.store))
 
     def seconds(self, engine: LocalEngine, requests: list[AtomicRequest]) -> float:
-        """One run, from when all ranks are ready until the last has its answers; the same number on all ranks."""
+        """One run of a list of this rank's own, or of all ranks'; see ``timed``."""
+        answers: list[object] = []
+        taken_s = self.timed(lambda: answers.extend(self.answers(engine, requests)))
+        assert len(answers) == len(requests), (len(answers), len(requests))
+        assert not any(isinstance(answer, Exception) for answer in answers), answers
+        return taken_s
+
+    def answers(self, engine: LocalEngine, requests: list[AtomicRequest]) -> list[Any]:
+        """Of this rank's requests; where ranks stage banks for one another all of them make equally many sweeps."""
+        if engine.schedule != "rounds" or isinstance(engine, StrategyEngine):
+            return list(engine.score(requests))
+        members = list(engine.forming.sweeps(requests, range(len(requests))))
+        sweeps = [[requests[index] for index in each] for each in members]
+        sweeps += [[]] * (self.most(len(sweeps)) - len(sweeps))
+        return [answer for results in engine.compute(sweeps) for answer in results]
+
+    def timed(self, work: Callable[[], object]) -> float:
+        """From when all ranks are ready until the last is done; the same number on all ranks."""
         self.synchronize()
         self.collectives.gather_host([0])
         start = time.perf_counter()
-        answers = engine.score(requests)
+        work()
         self.synchronize()
         mine = time.perf_counter() - start
-        assert not any(isinstance(answer, Exception) for answer in answers), answers
         return float(self.collectives.gather_host([int(1e9 * mine)]).max()) * 1e-9
 
     def synchronize(self) -> None:

@@ -16,33 +16,37 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from moe_prefill.bench import Job, report_head, save_report
+from moe_prefill.bench import Job, cell_identity, check_peer, report_head, save_report
 from moe_prefill.bench.job import long_enough, raw_config
 from moe_prefill.config import EngineConfig
 from moe_prefill.core import ModelSpec
 from moe_prefill.machine import MachineProfile, estimated_profile, load_profile
 from moe_prefill.models import spec_from_hf
-from moe_prefill.strategies import NAMES
 
-from . import aggregated, measuring, pulls
-from .contenders import ASYNCEP
-from .forecasts import Forecaster, sides_of, with_ratios
+from . import aggregated, comparisons, measuring, peer, pulls, tiers
+from .duration import call_s
+from .forecasts import Forecaster, with_ratios
+from .options import parsed
 from .plot import figure
+from .sides import sides_of
 
-PARTS = ("strategies", "aggregated", "pulls", "scaling")
 NOTE = "predictions of the cost model, none of them measured"
 
 
 def main(description: str, *, gpus: int, model: str, quantization: str | None, out: str) -> None:
     """Parse, predict, run, plot. The defaults are those of a script."""
     options = parsed(description, gpus=gpus, model=model, quantization=quantization, out=out)
+    if "vllm" in options.parts and not options.predict_only:
+        check_peer("vllm", options.peer_site)
     # A collective that multicasts in the switch is another machine than the one the copies run on.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are on this host
     config = EngineConfig(
         model=options.model, load_format="dummy", dtype=options.dtype, quantization=options.quantization
     )
-    job = Job(name=Path(options.model).name, config=config, cells=tuple(map(str, options.tokens)))
+    lengths = [n for n in options.tokens if isinstance(n, int)] + options.mixed
+    job = Job(name=Path(options.model).name, config=config, cells=tuple(map(str, lengths)))
     with long_enough(job) as fitting:
         options.name, options.model, options.precision = job.name, fitting.config.model, job.precision
         spec = spec_from_hf(raw_config(fitting.config))
@@ -51,25 +55,54 @@ def main(description: str, *, gpus: int, model: str, quantization: str | None, o
 
 def run(options: argparse.Namespace, spec: ModelSpec) -> None:
     head = report_head(["python", *sys.argv])
-    profile = profile_of(options, head["gpu"])
+    profile = options.machine_profile = profile_of(options, head["gpu"])
+    options.depth = spec.num_layers
     forecaster = Forecaster(options, spec, profile)
     few = forecaster.resident_layers() if "scaling" in options.parts else 0
-    sides = list(sides_of(options, spec.num_layers, few))
-    options.forecasts = {(side, tokens): forecaster.forecast(side, tokens) for side in sides for tokens in side.lengths}
+    moved = ("copy-engine", "nccl") if "transports" in options.parts and options.gpus > 1 else ()
+    sides = sides_of(
+        options, spec.num_layers, few, {by: forecaster.threshold(by, options.threshold_length) for by in moved}
+    )
+    options.forecasts = {(side, length): forecaster.forecast(side, length) for side in sides for length in side.lengths}
     options.pulls = pulls.forecast(options, profile, spec) if "pulls" in options.parts and options.gpus > 1 else []
     mixes = aggregated.forecast(options, forecaster) if "aggregated" in options.parts else []
-    cells = [found.cell for found in options.forecasts.values()] + mixes + options.pulls
-    predictions = save_predictions(options, head, profile, cells)
+    peers = peer.forecast(options, forecaster) if "vllm" in options.parts else []
+    seconds = call_s(options, forecaster, options.forecasts, mixes, peers)
+    cells = [found.cell for found in options.forecasts.values()] + mixes + options.pulls + peers
+    predictions = save_predictions(options, head, profile, cells, seconds)
     if options.predict_only:
         plot(options, predictions, "predicted, not measured")
         return
     for gpus, group in groupby(sides, key=lambda side: side.gpus):
         spawn(measuring.run_rank, gpus, list(group), options, head=head)
+    measure_peers(options, head, spec, peers)
     if options.pulls:
         spawn(pulls.run_rank, options.gpus, options, head=head, last=(spec,))
-    for cell in aggregated.measured(options, spec, mixes):
-        save_report(options.out, head, [cell], append=True)
+    measure_tiers(options, head, spec, mixes)
     finish(options, head)
+
+
+def measure_tiers(
+    options: argparse.Namespace, head: dict[str, Any], spec: ModelSpec, mixes: list[dict[str, Any]]
+) -> None:
+    """The aggregated workload, each tier saved when it is done."""
+    head = {**head, "refused": measuring.refusals(options.out, [])}
+    for cell in tiers.measured(options, spec, mixes):
+        save_report(options.out, head, [cell], append=True)
+    in_ranks = [cell for cell in mixes if "refused" not in cell and aggregated.Tier.of(cell).in_ranks]
+    if in_ranks:
+        in_ranks.sort(key=lambda cell: cell["strategy"])  # weights are loaded once for each
+        spawn(tiers.run_rank, options.gpus, options, head=head, last=(in_ranks,))
+
+
+def measure_peers(
+    options: argparse.Namespace, head: dict[str, Any], spec: ModelSpec, peers: list[dict[str, Any]]
+) -> None:
+    if not peers:
+        return
+    for cells, why in peer.measured(options, peer.side_of(options, spec.num_layers), peers):
+        refused = measuring.refusals(options.out, [why] if why else [])
+        save_report(options.out, {**head, "refused": refused}, cells, append=True)
 
 
 def spawn(work: Any, gpus: int, *arguments: Any, head: dict[str, Any], last: tuple[Any, ...] = ()) -> None:
@@ -82,17 +115,9 @@ def finish(options: argparse.Namespace, head: dict[str, Any]) -> None:
     """Ratios and scaling over all cells of the file, and the picture."""
     report = json.loads(options.out.read_text(encoding="utf-8"))
     cells = with_ratios(report["cells"], "tokens_per_s", "ratio")
-    alone = {
-        (cell["layers"], cell["residency"]): cell["tokens_per_s"]
-        for cell in cells
-        if cell.get("part") == "scaling" and cell["gpus"] == 1
-    }
-    for cell in cells:
-        if cell.get("part") == "scaling" and cell["gpus"] > 1:
-            for residency in ("resident", "auto"):
-                if (cell["layers"], residency) in alone:
-                    cell[f"over_one_gpu_{residency}"] = cell["tokens_per_s"] / alone[cell["layers"], residency]
-    save_report(options.out, {**head, "refused": report.get("refused", [])}, cells)
+    cells = peer.with_peers(cells, "peer_tokens_per_s", "tokens_per_s", "ratio")
+    cells = comparisons.with_envelope(comparisons.with_scaling(cells), "tokens_per_s", "over_uncapped")
+    options.out.write_text(json.dumps({**report, "cells": cells}, indent=1) + "\n", encoding="utf-8")
     plot(options, cells, f"{head['gpu']}, {head['date']}")
 
 
@@ -106,24 +131,33 @@ def predicted_path(out: Path) -> Path:
 
 
 def save_predictions(
-    options: argparse.Namespace, head: dict[str, Any], profile: MachineProfile, cells: list[dict[str, Any]]
+    options: argparse.Namespace,
+    head: dict[str, Any],
+    profile: MachineProfile,
+    cells: list[dict[str, Any]],
+    seconds: float,
 ) -> list[dict[str, Any]]:
-    """Written before anything runs, beside those for other models and numbers of GPUs; all that the file then has."""
-    path, mine = predicted_path(options.out), with_ratios(cells, "predicted_tokens_per_s", "predicted_ratio")
-    kept: list[dict[str, Any]] = []
+    """Written before anything runs, beside those of other calls, which stay; all that the file then has. ``seconds``:
+    that the call should take.
+    """
+    path, kept, calls = predicted_path(options.out), list[dict[str, Any]](), dict[str, float]()
+    mine = [{**cell, "command": head["command"]} for cell in cells]
     if path.exists():
-        new = {(cell["model"], cell["part"], cell["gpus"]) for cell in mine}
-        old = json.loads(path.read_text(encoding="utf-8"))["predictions"]
-        kept = [cell for cell in old if (cell["model"], cell["part"], cell["gpus"]) not in new]
+        new, old = {cell_identity(cell) for cell in mine}, json.loads(path.read_text(encoding="utf-8"))
+        kept = [cell for cell in old["predictions"] if cell_identity(cell) not in new]
+        calls = old["predicted_call_s"]
+    every = with_ratios(kept + mine, "predicted_tokens_per_s", "predicted_ratio")
+    every = peer.with_peers(every, "predicted_peer_tokens_per_s", "predicted_tokens_per_s", "predicted_ratio")
+    every = comparisons.with_envelope(every, "predicted_tokens_per_s", "predicted_over_uncapped")
     about = {"note": NOTE, "for": profile.gpu, "rates": "estimated" if profile.is_estimated else profile.date}
     memory = {"assumed_hbm_gib": options.assumed_hbm_gib, "assumed_host_gib": options.assumed_host_gib}
-    mine = [{**cell, "command": head["command"]} for cell in mine]
-    head = {key: head[key] for key in ("date", "git")}
+    head_ = {key: head[key] for key in ("date", "git")}
+    calls = {**calls, head["command"]: round(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {**about, **memory, **head, "predictions": kept + mine}
+    report = {**about, **memory, **head_, "predicted_call_s": calls, "predictions": every}
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(mine)} predictions -> {path}", flush=True)
-    return kept + mine
+    print(f"{len(mine)} predictions -> {path}; this call should take {seconds:.0f} s", flush=True)
+    return every
 
 
 def profile_of(options: argparse.Namespace, gpu: str) -> MachineProfile:
@@ -142,56 +176,3 @@ def profile_of(options: argparse.Namespace, gpu: str) -> MachineProfile:
     print(f"calibrated: {time.perf_counter() - start:.0f} s, {path}", flush=True)
     options.profile_path = str(path)
     return load_profile(path)
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
-def parsed(description: str, *, gpus: int, model: str, quantization: str | None, out: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path(out))
-    add("--gpus", type=int, default=gpus)
-    add("--parts", type=words, default=list(PARTS), help=", ".join(PARTS))
-    add("--predict-only", action="store_true", help="write the predictions and end; needs no GPU")
-    add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--gpu", default="H200", help="whose datasheet is predicted from, without a measured profile")
-    add("--profile", type=Path, default=None, help="rates measured before, instead of now")
-    add("--estimated", action="store_true", help="predict from the datasheet, without calibrating")
-    add("--model", default=model)
-    add("--layers", type=int, default=None, help="reduced depth: at least 24 (BF16) or 40 (FP8)")
-    add("--dtype", default="bfloat16")
-    add("--quantization", choices=("fp8",), default=quantization)
-    add("--skews", type=floats, default=[1.0, 16.0])
-    add("--strategies", type=words, default=[ASYNCEP, *NAMES])
-    add("--residencies", type=words, default=["sharded", "hybrid"], help="of asyncep")
-    add("--transport", choices=("copy-engine", "nccl"), default="copy-engine", help="of asyncep, sharded")
-    add("--tokens", type=numbers, default=[256, 4096, 32768, 131072])
-    add("--sweeps", type=numbers, default=[65536, 131072])
-    add("--chunks", type=numbers, default=[16384, 32768, 65536])
-    add("--micro-batches", type=numbers, default=[4, 8])
-    add("--search", type=int, default=2, help="settings that are tried, those predicted to be best")
-    add("--run-tokens", type=int, default=131072, help="tokens a GPU in one run")
-    add("--warm-up", type=int, default=3, help="runs at most, until two agree within 2%%")
-    add("--seconds", type=float, default=0.0, help="of timed runs, at least")
-    add("--least-runs", type=int, default=3)
-    add("--pulls-a-run", type=int, default=20)
-    add("--scale", type=float, default=0.1, help="part of the aggregated workload's requests")
-    add("--hbm-gib", type=float, default=None)
-    add("--host-gib", type=float, default=None)
-    options = parser.parse_args()
-    unknown = [part for part in options.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    options.assumed_hbm_gib = options.hbm_gib or 139.0
-    options.assumed_host_gib = options.host_gib or 512.0
-    return options

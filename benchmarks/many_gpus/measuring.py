@@ -7,9 +7,9 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,10 +19,14 @@ from moe_prefill.engine import LocalEngine, peak_bytes
 from moe_prefill.engine.load import open_model
 from moe_prefill.errors import MoePrefillError
 from moe_prefill.machine import datasheet_peak
+from moe_prefill.residency import ResidencyPlan
 
-from .contenders import AsyncEp, Contender, Rank, Setting, Side, contender_of, settings_of
+from .contenders import AsyncEp, Contender, Rank, contender_of, settings_of
+from .requests import MIXED, dealt, lengths_of, requests_of
+from .sides import Length, Setting, Side
 
 GIB = 1 << 30
+PLANNED_PEAK = "predicted_peak_hbm_gib"
 
 
 def run_rank(
@@ -37,11 +41,11 @@ def run_rank(
         except MoePrefillError as error:
             refused.append(str(error))
         else:
-            for tokens in side.lengths:
-                forecast = options.forecasts[side, tokens]
-                found, tried = measure(mine, contender, tokens, forecast.best_first or settings_of(options, side))
+            for length in side.lengths:
+                forecast = options.forecasts[side, length]
+                found, tried = measure(mine, contender, length, forecast.best_first or settings_of(options, side))
                 cells += [found | compared(found, forecast.cell)] if found is not None else []
-                refused += [] if found is not None else [f"{tokens} tokens: {tried or 'no setting holds a request'}"]
+                refused += [] if found is not None else [f"{length} tokens: {tried or 'no setting holds a request'}"]
             contender.close()
         if rank == 0:
             report(options, head, side, cells, refused)
@@ -52,23 +56,24 @@ def report(
     options: argparse.Namespace, head: dict[str, Any], side: Side, cells: list[dict[str, Any]], refused: list[str]
 ) -> None:
     """Print a side's cells and add them, and what was refused, to the results."""
-    old = json.loads(options.out.read_text(encoding="utf-8")).get("refused", []) if options.out.exists() else []
     new = [f"{side.part}, {side.gpus} GPUs, {side.name}, skew {side.skew:g}: {why}" for why in refused]
-    head = {**head, "refused": list(dict.fromkeys(old + new))}
+    head = {**head, "refused": refusals(options.out, new)}
     for cell in cells:
         shown = f"{cell['tokens_per_s']:>12,.0f} tokens/s"
-        print(f"{side.part:10} {side.name:18} skew {side.skew:<4g} {cell['tokens']:>7,}: {shown}", flush=True)
+        print(f"{side.part:10} {side.name:18} skew {side.skew:<4g} {shown_length(cell['tokens'])}: {shown}", flush=True)
     for why in refused:
         print(f"{side.part:10} {side.name:18} skew {side.skew:<4g} refused: {why}", flush=True)
     save_report(options.out, head, cells, append=True)
 
 
-def requests_of(rank: Rank, side: Side, tokens: int, vocab: int) -> list[AtomicRequest]:
-    """The same ids for every strategy: all of them, or this rank's part."""
-    count = max(1, rank.options.run_tokens // tokens) * rank.size * (2 if side.strategy == "pp+pp" else 1)
-    ids = np.random.default_rng(tokens).integers(0, vocab, (count, tokens), dtype=np.int32)
-    mine = ids[rank.rank :: rank.size] if side.owns_requests else ids
-    return [AtomicRequest.candidates(row, [3, 5]) for row in mine]
+def refusals(path: Path, new: Sequence[str]) -> list[str]:
+    """What was refused in earlier calls and in this one."""
+    old = json.loads(path.read_text(encoding="utf-8")).get("refused", []) if path.exists() else []
+    return list(dict.fromkeys([*old, *new]))
+
+
+def shown_length(length: Length) -> str:
+    return f"{length:>7,}" if isinstance(length, int) else f"{length:>7}"
 
 
 def compared(cell: dict[str, Any], forecast: dict[str, Any]) -> dict[str, Any]:
@@ -80,18 +85,19 @@ def compared(cell: dict[str, Any], forecast: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    rank: Rank, contender: Contender, tokens: int, best_first: Sequence[Setting]
+    rank: Rank, contender: Contender, length: Length, best_first: Sequence[Setting]
 ) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """A cell, where any setting fits, and what was refused. Of the settings that fit, as many as ``--search`` says are
     run once to warm up and once timed; the fastest is measured.
     """
     if rank.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rank.device)
-    spec, _ = open_model(rank.options.model, "dummy", contender.side.layers)
-    requests = requests_of(rank, contender.side, tokens, spec.vocab_size)
-    fitting = [each for each in best_first if each in contender.settings and each.sweep_tokens >= tokens]
+    options, side, longest = rank.options, contender.side, max(lengths_of(rank.options, length))
+    spec, _ = open_model(options.model, "dummy", side.layers)
+    requests = dealt(spec, side, requests_of(options, side, length, spec.vocab_size))[rank.rank]
+    fitting = [each for each in best_first if each in contender.settings and each.sweep_tokens >= longest]
     tried: dict[Setting, float] = {}
-    for setting in fitting[: rank.options.search]:
+    for setting in fitting[: options.search]:
         with contender.engine(setting) as engine:
             rank.seconds(engine, requests)
             tried[setting] = rank.seconds(engine, requests)
@@ -99,13 +105,18 @@ def measure(
         return None, contender.refused
     best = min(tried, key=lambda setting: tried[setting])
     with contender.engine(best) as engine:
-        cell = cell_of(rank, contender, engine, best, requests, tokens)
+        cell = cell_of(rank, contender, engine, best, requests, length)
     searched = {str(setting): took for setting, took in tried.items()}
     return cell | {"searched_s": searched, "refused": contender.refused}, contender.refused
 
 
 def cell_of(
-    rank: Rank, contender: Contender, engine: LocalEngine, setting: Setting, requests: list[AtomicRequest], tokens: int
+    rank: Rank,
+    contender: Contender,
+    engine: LocalEngine,
+    setting: Setting,
+    requests: list[AtomicRequest],
+    length: Length,
 ) -> dict[str, Any]:
     previous = rank.seconds(engine, requests)
     for _ in range(rank.options.warm_up):
@@ -119,14 +130,17 @@ def cell_of(
         runs.append(rank.seconds(engine, requests))
     side = contender.side
     median, each = statistics.median(runs), rank.size if side.owns_requests else 1
-    flops = (engine.stats.flops - flops) // len(runs)
-    flops, total = rank.total(flops) if each > 1 else flops, len(requests) * each * tokens
+    mine = (engine.stats.flops - flops) // len(runs), len(requests), sum(len(each.tokens) for each in requests)
+    flops, count, total = map(rank.total, mine) if side.owns_requests else mine
     cell = {
-        **cell_head(rank.options, side, tokens),
+        **cell_head(rank.options, side, length),
         "layers": engine.spec.num_layers,
-        "requests": len(requests) * each * len(runs),
+        "requests": count * len(runs),
+        "run_tokens": total,
         "sweep_tokens": setting.sweep_tokens,
-        "transport": rank.options.transport if side.residency else dist.get_backend(),
+        "chunk_rows": setting.chunk_rows,
+        **({"micro_batches": setting.micro_batches} if side.strategy == "pp+pp" else {}),
+        "transport": side.transport if side.residency else dist.get_backend(),
         "tokens_per_s": total / median,
         "sweep_ms": 1e3 * median * setting.sweep_tokens * each / total,
         "expert_load_max_over_mean": expert_load(rank, contender, engine, requests),
@@ -145,7 +159,14 @@ def cell_of(
     return cell
 
 
-def cell_head(options: argparse.Namespace, side: Side, tokens: int | str) -> dict[str, Any]:
+def planned_memory(plan: ResidencyPlan) -> dict[str, Any]:
+    """Where the banks live, and what is planned for each device and for the host (all ranks)."""
+    levels = ", ".join(f"{plan.count(level)} {level}" for level in dict.fromkeys(filter(None, plan.levels)))
+    host = {"host_gib": plan.ranks * plan.peak_host_bytes / GIB} if plan.peak_host_bytes else {}
+    return {"levels": levels, PLANNED_PEAK: plan.peak_device_bytes / GIB, **host}
+
+
+def cell_head(options: argparse.Namespace, side: Side, length: Length) -> dict[str, Any]:
     """What a cell is of, measured or predicted."""
     found = {
         "part": side.part,
@@ -157,7 +178,10 @@ def cell_head(options: argparse.Namespace, side: Side, tokens: int | str) -> dic
         "strategy": side.strategy,
         "residency": side.residency,
         "dummy_skew": side.skew,
-        "tokens": tokens,
+        "tokens": length,
+        "lengths": options.mixed if length == MIXED else None,
+        "transport": side.transport if side.residency else None,
+        "hbm_gib": side.hbm_gib or options.hbm_gib,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -175,7 +199,7 @@ def expert_load(rank: Rank, contender: Contender, engine: LocalEngine, requests:
         return chosen
 
     decoder.route = counted  # type: ignore[method-assign]
-    engine.score(requests)
+    rank.answers(engine, requests)
     decoder.route = route  # type: ignore[method-assign]
     loads = torch.stack(list(counts.values())).cpu()
     if contender.side.owns_requests:

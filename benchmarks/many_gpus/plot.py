@@ -17,6 +17,7 @@ COLOURS = {
     "tp+tp": "#88d27a",
     "pp+pp": "#b279a2",
 }
+PEER = "#e45756"
 _WIDTH, _LEFT, _BAR, _GAP, _TOP = 960, 210, 13, 14, 44
 
 
@@ -26,13 +27,13 @@ def figure(cells: Sequence[dict[str, Any]], title: str) -> str:
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
-        if cell.get("part") == "strategies" and (_measured(cell) or _predicted(cell)):
+        if cell.get("part") in ("strategies", "vllm") and (_measured(cell) or _predicted(cell)):
             key = (f"{cell['model']} {cell['precision']}", cell["gpus"], cell["dummy_skew"], cell["tokens"])
             groups.setdefault(key, []).append(cell)
     y, parts = float(_TOP), []
-    for (model, gpus, skew, tokens), members in sorted(groups.items()):
+    for (model, gpus, skew, tokens), members in sorted(groups.items(), key=lambda each: _order(each[0])):
         most = max(max(_measured(cell), _predicted(cell)) for cell in members)
-        for line, words in enumerate((model, f"{gpus} GPUs, {tokens:,} tokens, skew {skew:g}")):
+        for line, words in enumerate((model, f"{gpus} GPUs, {_shown(tokens)} tokens, skew {skew:g}")):
             parts.append(f'<text x="8" y="{y + 12 + 14 * line}">{escape(words)}</text>')
         for cell in members:
             parts.append(_bar(cell, y, most))
@@ -48,23 +49,38 @@ def figure(cells: Sequence[dict[str, Any]], title: str) -> str:
     )
 
 
+def _shown(tokens: int | str) -> str:
+    return f"{tokens:,}" if isinstance(tokens, int) else tokens
+
+
+def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lengths by size, mixed ones last."""
+    *first, tokens = key
+    return (*first, isinstance(tokens, str), tokens)
+
+
 def _measured(cell: dict[str, Any]) -> float:
-    return float(cell.get("tokens_per_s", 0.0))
+    """Of a peer's cell the peer's: ours is another bar."""
+    return float(cell.get("peer_tokens_per_s" if "peer" in cell else "tokens_per_s", 0.0))
 
 
 def _predicted(cell: dict[str, Any]) -> float:
-    return float(cell.get("predicted_tokens_per_s", 0.0))
+    return float(cell.get("predicted_peer_tokens_per_s" if "peer" in cell else "predicted_tokens_per_s", 0.0))
 
 
 def _bar(cell: dict[str, Any], y: float, most: float) -> str:
     name = " ".join(filter(None, (cell["strategy"], cell.get("residency"))))
-    colour, scale = COLOURS.get(name, "#bab0ac"), (_WIDTH - _LEFT - 230) / most
+    name = f"vLLM {cell['peer_strategy']}" if "peer" in cell else name
+    colour, scale = COLOURS.get(name, PEER), (_WIDTH - _LEFT - 230) / most
     width, tick = scale * (_measured(cell) or _predicted(cell)), _LEFT + scale * _predicted(cell)
     fill = f'fill="{colour}"' if _measured(cell) else f'fill="none" stroke="{colour}"'
     out = [f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" {fill}/>']
     if _measured(cell) and _predicted(cell):
         out.append(f'<line x1="{tick:.1f}" x2="{tick:.1f}" y1="{y}" y2="{y + _BAR}" stroke="#000"/>')
-    rate, mfu = _measured(cell) or _predicted(cell), cell.get("mfu") or cell.get("predicted_mfu")
+    rate, mfu = (
+        _measured(cell) or _predicted(cell),
+        None if "peer" in cell else cell.get("mfu") or cell.get("predicted_mfu"),
+    )
     words = f"{name} {rate:,.0f}" + (f", MFU {mfu:.1%}" if mfu else "")
     out.append(f'<text x="{_LEFT + width + 6:.1f}" y="{y + 10.5}">{escape(words)}</text>')
     return "".join(out)

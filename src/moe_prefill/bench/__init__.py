@@ -6,13 +6,14 @@ from .figure import figure
 from .job import Job, is_preset
 from .ours import run_ours
 from .peers import PEERS, check_peer, compared, run_side
-from .report import report_head, save_report
+from .report import cell_identity, report_head, save_report
 
 __all__ = [
     "CATEGORIES",
     "PEERS",
     "Cell",
     "Job",
+    "cell_identity",
     "check_peer",
     "compared",
     "figure",

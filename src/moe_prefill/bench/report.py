@@ -28,7 +28,7 @@ _IDENTITY = (
     "residency",
     "prune_last",
 )
-_ROUTING = ("dummy_skew", "peer", "policy", "pullers", "sliced", "staggered", "transport")
+_ROUTING = ("dummy_skew", "peer", "peer_strategy", "policy", "pullers", "sliced", "staggered", "transport", "hbm_gib")
 
 
 def report_head(command: Sequence[str]) -> dict[str, Any]:
@@ -57,8 +57,9 @@ def save_report(path: Path, head: dict[str, Any], cells: Sequence[dict[str, Any]
     mine = [{**cell, "command": head["command"]} for cell in cells]
     for cell in mine:
         cell.pop("logits", None)  # of use in a comparison only
-    new = {_identity(cell, head) for cell in mine}
-    kept = [cell for cell in old if _identity(cell, head) not in new]
+    facts = {"gpu": head["gpu"]}
+    new = {cell_identity(facts | cell) for cell in mine}
+    kept = [cell for cell in old if cell_identity(facts | cell) not in new]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**head, "cells": kept + mine}, indent=1) + "\n", encoding="utf-8")
@@ -76,6 +77,6 @@ def _cells_of(path: Path) -> list[dict[str, Any]]:
         raise OutputError(f"{path} is not a result file ({error}); give another one") from error
 
 
-def _identity(cell: dict[str, Any], head: dict[str, Any]) -> tuple[str, ...]:
-    full = {"gpu": head["gpu"]} | cell
-    return tuple(str(full.get(key)) for key in (*_IDENTITY, *_ROUTING))
+def cell_identity(cell: dict[str, Any]) -> tuple[str, ...]:
+    """Equal where two cells are the same measurement, or prediction."""
+    return tuple(str(cell.get(key)) for key in (*_IDENTITY, *_ROUTING))

@@ -2,7 +2,8 @@
 
 Prefix caching is on for cells that share and off for the others, so there may be two engines, one after the other, and
 one more for every token budget of a step that is tried (setting ``batched_tokens``); the best counts. Setting ``llm``
-goes to vLLM as it is. DeepGEMM's kernels are compiled by the warm-up, not before it.
+goes to vLLM as it is, for instance how several GPUs are used; ``tokens_per_call`` are those of one timed call, which
+several GPUs need more of. DeepGEMM's kernels are compiled by the warm-up, not before it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # ``refill`` goes to the engine's process on this machine
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_DEEP_GEMM_WARMUP": "skip",
+    # Nothing multicasts in the switch, as on our side.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 _TOKENS_PER_CALL = 262144  # of one timed call: several steps of the engine
 
@@ -129,7 +134,8 @@ def _cell(engine: Any, cell: Cell, job: Job, vocab: int) -> dict[str, Any]:
     import vllm
 
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False, ignore_eos=True)
-    families = max(1, round(_TOKENS_PER_CALL / (cell.siblings * cell.tokens)))
+    tokens = job.settings.get("tokens_per_call", _TOKENS_PER_CALL)
+    families = max(1, round(tokens / (cell.siblings * cell.tokens)))
     prompts = [{"prompt_token_ids": row.tolist()} for row in cell.rows(families, vocab)]
     timing = Timing(job.seconds)
     while not timing.is_done:
