@@ -206,6 +206,7 @@ def engine_of(
 @torch.inference_mode()
 def reference_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """Logits float32 [T, V] of one request alone, as transformers computes them."""
+    _forget_lengths(model)
     return model(torch.as_tensor(tokens, dtype=torch.int64)[None], use_cache=False).logits[0].float().numpy()
 
 
@@ -215,6 +216,7 @@ def smallest_routing_gap(model: transformers.PreTrainedModel, tokens: np.ndarray
 
     Below some 1e-5 two correct float32 implementations may choose differently, and their logits say nothing.
     """
+    _forget_lengths(model)
     out = model.model(torch.as_tensor(tokens, dtype=torch.int64)[None], use_cache=False, output_router_logits=True)
     top_k, gaps = model.config.num_experts_per_tok, [1.0]
     for logits in out.router_logits or ():
@@ -222,6 +224,15 @@ def smallest_routing_gap(model: transformers.PreTrainedModel, tokens: np.ndarray
         if ordered.shape[-1] > top_k:
             gaps.append(float((ordered[..., top_k - 1] - ordered[..., top_k]).min()))
     return min(gaps)
+
+
+def _forget_lengths(model: transformers.PreTrainedModel) -> None:
+    """Under dynamic rope transformers keeps the frequencies of the longest request so far for the shorter ones that
+    come after it, down to the original context; a request alone has its own.
+    """
+    rotary = model.model.rotary_emb
+    if rotary.rope_type == "dynamic":
+        model.model.rotary_emb = type(rotary)(config=model.config)
 
 
 def everything(tokens: np.ndarray) -> AtomicRequest:
