@@ -1,7 +1,10 @@
 """The Python interface on the demo model: what the tasks return, and mistakes that would change an answer unseen."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from moe_prefill import Engine
@@ -46,3 +49,84 @@ def test_unknown_options_and_settings_are_refused(engine):
         engine.classify(["x"], labels=["a", "b"], lables=1)
     with pytest.raises(UsageError, match="no setting devcie"):
         Engine(DEMO, devcie="cpu")
+
+
+class Frame:
+    """What a pandas data frame is to a loop: its columns' names."""
+
+    columns = ("text", "id")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Frame(), r"rows is a Frame; .*rows\.to_dict\('records'\)"),
+        (pa.table({"text": ["a"]}), r"rows is a Table; .*rows\.to_pylist\(\)"),
+        (None, "rows is None; give a list"),
+        (b"text", "rows is one bytes"),
+        ([{1: "a"}], "column 1 of type int"),
+    ],
+)
+def test_rows_that_would_be_taken_apart_are_refused(engine, rows, message):
+    with pytest.raises(UsageError, match=message):
+        engine.classify(rows, labels=["spam", "ham"])
+
+
+def test_missing_values_of_other_libraries_are_missing(engine):
+    class NAType:
+        def __ne__(self, other):
+            raise TypeError("its truth is not known")
+
+        __hash__ = None
+
+    rows = [np.float32("nan"), np.datetime64("NaT"), NAType(), float("nan"), None]
+    found = engine.classify(rows, labels=np.array(["spam", "ham"]))
+    assert [result.error[:10] for result in found] == ["empty_text"] * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_sweep_tokens": "many"}, "max_sweep_tokens is 'many'; it must be of type int"),
+        ({"max_sweep_tokens": 10.5}, "max_sweep_tokens is 10.5; it must be of type int"),
+        ({"threads": True}, "threads is True; it must be of type int"),
+        ({"kv_gib": "1"}, "kv_gib is '1'; it must be of type float"),
+        ({"residency": "here"}, "^residency has 'here'"),
+    ],
+)
+def test_settings_are_named_as_python_names_them(settings, message):
+    with pytest.raises(UsageError, match=message):
+        Engine(DEMO, **settings)
+
+
+def test_a_model_is_a_path_or_a_name():
+    with pytest.raises(UsageError, match="model is None; it must be of type str"):
+        Engine(None)
+
+
+def test_remedies_name_options_of_python(engine):
+    (result,) = engine.classify(["word " * 5000], labels=["spam", "ham"])
+    assert "let it be cut with truncate left" in result.error
+    with pytest.raises(TaskError, match=r"or normalize vocabulary"):
+        engine.classify(["x"], labels=["spam"])
+    with pytest.raises(UsageError, match=r"for example output_prefix new_"):
+        engine.classify([{"text": "x", "probability": 1}], labels=["spam", "ham"])
+
+
+def test_threads_take_turns(engine):
+    texts = [f"mail number {i}" for i in range(24)]
+    expected = [engine.classify([text], labels=["spam", "ham"])[0].probability for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: engine.classify([text], labels=["spam", "ham"])[0].probability, texts))
+    assert found == expected
+
+
+def test_a_closed_engine_says_so():
+    engine = Engine(DEMO, threads=1)
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="the engine is closed"):
+        engine.classify(["x"], labels=["spam", "ham"])

@@ -6,21 +6,29 @@ be answered carries its error in its result and leaves the others alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import EngineConfig
 from .core import AtomicResult, PreparedRow, RunStats, ScoringEngine
-from .errors import RowError, UsageError
+from .errors import MoePrefillError, RowError, UsageError, did_you_mean
 from .tasks import Task, TaskConfig, build_task, config_from_mapping
+from .tasks.taskfile import CONFIGS
 
 if TYPE_CHECKING:
     from .text import Tokenizer
 
 Rows = Iterable[str | Mapping[str, object]]
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])")
+_CONFIGS: tuple[type[Any], ...] = (EngineConfig, *CONFIGS.values())
+_FIELDS = {field.name for config in _CONFIGS for field in fields(config)}
+_OTHER_NAMES = {"hbm-gib": "memory_gib", "prefix": "output_prefix"}  # flags that are not called as their fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +106,16 @@ class Engine:
         from .workers import build_scoring
 
         known = [field.name for field in fields(EngineConfig)]
-        unknown = [name for name in settings if name not in known]
+        unknown = [f"{name}{did_you_mean(name, known)}" for name in settings if name not in known]
         if unknown:
             raise UsageError(f"there is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        self.config = EngineConfig(model=str(model), **settings)
-        directory = resolve_directory(self.config.model, revision=self.config.revision, weights=False)
-        self.tokenizer: Tokenizer = Tokenizer.from_directory(directory)
-        self.scoring: ScoringEngine = build_scoring(self.config)
+        self._lock = Lock()  # one call at a time, from whatever thread
+        self._closed = False
+        with _fields_named():
+            self.config = EngineConfig(model=str(model) if isinstance(model, Path) else model, **settings)
+            directory = resolve_directory(self.config.model, revision=self.config.revision, weights=False)
+            self.tokenizer: Tokenizer = Tokenizer.from_directory(directory)
+            self.scoring: ScoringEngine = build_scoring(self.config)
 
     def classify(self, rows: Rows, *, labels: Sequence[Any], **options: Any) -> list[Classification]:
         """One of ``labels`` for each row. Options are the fields of ``tasks.ClassifyConfig``."""
@@ -137,8 +148,11 @@ class Engine:
         return self.scoring.stats
 
     def close(self) -> None:
-        """Free the model's memory."""
-        self.scoring.close()
+        """Free the model's memory. A closed engine may be closed again, and does nothing else."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.scoring.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -157,15 +171,58 @@ class Engine:
         ]
 
     def _answers(self, kind: str, rows: Rows, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if isinstance(rows, str | Mapping):
-            raise UsageError(f"rows is one {type(rows).__name__}; give a list of rows, also for a single one")
-        config = config_from_mapping(kind, options)
-        table = [row if isinstance(row, Mapping) else {config.text_column: row} for row in rows]
-        if not table:
-            return []
-        task = build_task(config, self.tokenizer, self.scoring.limits, sorted(set(chain.from_iterable(table))))
-        absent = dict.fromkeys(task.placeholders)
-        return list(answer_rows(task, self.scoring, [{**absent, **row} for row in table], config))
+        with _fields_named(), self._lock:
+            if self._closed:
+                raise UsageError("the engine is closed; make another one")
+            _check_rows(rows)
+            config = config_from_mapping(kind, options)
+            table = [row if isinstance(row, Mapping) else {config.text_column: row} for row in rows]
+            if not table:
+                return []
+            columns = _column_names(table)
+            task = build_task(config, self.tokenizer, self.scoring.limits, columns)
+            absent = dict.fromkeys(task.placeholders)
+            return list(answer_rows(task, self.scoring, [{**absent, **row} for row in table], config))
+
+
+def _check_rows(rows: object) -> None:
+    """Raise UsageError for what would be taken apart into other things than rows."""
+    if isinstance(rows, str | bytes | Mapping):
+        raise UsageError(f"rows is one {type(rows).__name__}; give a list of rows, also for a single one")
+    if hasattr(rows, "columns"):  # of a data frame one would get the columns' names or values
+        ways = [f"rows.{name}" for name in ("to_dicts()", "to_pylist()") if hasattr(rows, name[:-2])]
+        way = ways[0] if ways else "rows.to_dict('records')"
+        raise UsageError(f"rows is a {type(rows).__name__}; give its rows as mappings ({way}), or one column of texts")
+    if not isinstance(rows, Iterable):
+        raise UsageError(f"rows is {rows!r}; give a list of texts or mappings")
+
+
+def _column_names(table: Sequence[Mapping[str, object]]) -> list[str]:
+    names = set(chain.from_iterable(table))
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise UsageError(f"a row has the column {odd!r} of type {type(odd).__name__}; names of columns are texts")
+    return sorted(names)
+
+
+@contextmanager
+def _fields_named() -> Iterator[None]:
+    """Errors name settings as Python does, not as the command line."""
+    try:
+        yield
+    except MoePrefillError as error:
+        error.args = (fields_named(str(error)), *error.args[1:])
+        raise
+
+
+def fields_named(message: str) -> str:
+    """A message whose flags (``--top-n``) are named as the fields that they set (``top_n``)."""
+
+    def field_of(flag: re.Match[str]) -> str:
+        name = _OTHER_NAMES.get(flag[1], flag[1].replace("-", "_"))
+        return name if name in _FIELDS else flag[0]
+
+    return _FLAG.sub(field_of, message)
 
 
 def answer_rows(
@@ -179,7 +236,7 @@ def answer_rows(
         error = row if isinstance(row, RowError) else next((r for r in mine if isinstance(r, Exception)), None)
         if error is not None:
             code = error.code if isinstance(error, RowError) else type(error).__name__
-            yield {"error": f"{code}: {error}"}
+            yield {"error": f"{code}: {fields_named(str(error))}"}
             continue
         assert isinstance(row, PreparedRow)
         values = task.finish(row, [result for result in mine if isinstance(result, AtomicResult)])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from .errors import UsageError
 
 Sharing = Literal["auto", "off", "force"]
 Strategy = Literal["asyncep", "dp+ep", "dp+tp", "tp+ep", "tp+tp", "pp+pp"]
+_KINDS: dict[str, type] = {"str": str, "bool": bool, "int": Integral, "float": Real}  # numpy's numbers, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class EngineConfig:
     micro_batches: int = 4  # pp+pp: a sweep's
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("quantization", (None, "fp8")),
@@ -71,7 +74,8 @@ class EngineConfig:
             ("transport", ("copy-engine", "nccl")),
         ):
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}")
+                said = f"is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}"
+                raise UsageError.about(name, said)
         for name in (
             "max_sweep_tokens",
             "memory_gib",
@@ -85,10 +89,22 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}; it must be positive" + " and finite" * (value > 0))
+                raise UsageError.about(name, f"is {value}; it must be positive" + " and finite" * (value > 0))
         if self.kv_gib is not None and not 0 <= self.kv_gib < math.inf:
-            raise UsageError(f"kv_gib is {self.kv_gib}; it must be 0 (keep no prefixes) or more, and finite")
+            raise UsageError.about("kv_gib", f"is {self.kv_gib}; it must be 0 (keep no prefixes) or more, and finite")
         if self.check_finite and self.strategy != "asyncep":
-            raise UsageError(f"check_finite looks into asyncep only, not {self.strategy}; leave one of the two out")
+            said = f"looks into asyncep only, not {self.strategy}; leave one of the two out"
+            raise UsageError.about("check_finite", said)
         if self.kv_gib and self.strategy != "asyncep":
-            raise UsageError(f"kv_gib is {self.kv_gib:g}; strategy {self.strategy} keeps no prefixes, give 0")
+            said = f"is {self.kv_gib:g}; strategy {self.strategy} keeps no prefixes, give 0"
+            raise UsageError.about("kv_gib", said)
+
+    def _check_types(self) -> None:
+        """Raise UsageError for a value that is not of its field's kind: from Python anything may come."""
+        for field in fields(self):
+            value, name = getattr(self, field.name), str(field.type).removesuffix(" | None")
+            kind = _KINDS.get(name)
+            if kind is None or (value is None and str(field.type).endswith(" | None")):
+                continue
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError.about(field.name, f"is {value!r}; it must be of type {name}")

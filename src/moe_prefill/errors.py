@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -18,9 +19,20 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class MoePrefillError(Exception):
-    """Base of every error meant for a user's eyes; ``exit_code`` is what the command line returns for it."""
+    """Base of every error meant for a user's eyes; ``exit_code`` is what the command line returns for it.
+
+    ``setting``: the field of a config that the message begins with; the command line names its flag there.
+    """
 
     exit_code = 1
+    setting: str | None = None
+
+    @classmethod
+    def about(cls, setting: str, text: str) -> Self:
+        """An error whose message is the name of a setting and ``text``."""
+        error = cls(f"{setting} {text}")
+        error.setting = setting
+        return error
 
 
 class UsageError(MoePrefillError):

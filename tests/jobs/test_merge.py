@@ -49,6 +49,10 @@ def test_merge_refuses_what_does_not_belong_together(source: Path, tmp_path: Pat
         merge_shards([shards[0], *shards], merged)
     with pytest.raises(InputError, match=r"not shards of one job: task\.digest"):
         merge_shards([shards[0], other, shards[2]], merged)
+    with pytest.raises(UsageError, match=r"the shards are csv, .* not turn into jsonl; give -o merged\.csv"):
+        merge_shards(shards, tmp_path / "merged.jsonl")
+    with pytest.raises(OutputError, match="does not exist"):
+        merge_shards(shards, tmp_path / "nowhere" / "merged.csv")
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     with pytest.raises(InputError, match="not the file that its job wrote"):
         merge_shards(shards, merged)

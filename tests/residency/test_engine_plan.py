@@ -44,8 +44,10 @@ def test_what_does_not_fit_is_refused_before_weights_load(monkeypatch):
 def test_a_host_pool_larger_than_the_host_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "total_host_bytes", lambda: 64 * GIB)
     assert memory.host_pool_bytes(64) == 64 * GIB
-    with pytest.raises(UsageError, match=r"--host-gib is 65, and this host has 64.0 GiB"):
+    with pytest.raises(UsageError, match=r"host_gib is 65, and this host has 64.0 GiB"):
         memory.host_pool_bytes(65)
+    with pytest.raises(UsageError, match="host_gib is 65"):
+        build.build_engine(dataclasses.replace(CONFIG, host_gib=65.0))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_prefill.core import PreparedRow
-from moe_prefill.errors import ModelError, RowError, TaskError
+from moe_prefill.errors import ModelError, RowError, TaskError, UsageError
 from moe_prefill.tasks import ClassifyConfig, Label, build_task
 from moe_prefill.text import Tokenizer
 from tests.tasks.fake_model import LIMITS, WIDE, answer, logprob, run
@@ -141,7 +141,7 @@ def test_a_tokenizer_with_more_ids_than_its_model(small: Tokenizer) -> None:
 def test_table_errors_come_before_any_row(small: Tokenizer) -> None:
     with pytest.raises(TaskError, match=r"no column 'text'; it has id, body, and this task's own \{labels\}"):
         build_task(ClassifyConfig(labels=LABELS), small, LIMITS, ["id", "body"])
-    with pytest.raises(TaskError, match="output column 'probability' already"):
+    with pytest.raises(UsageError, match="output column 'probability' already"):
         build_task(ClassifyConfig(labels=LABELS), small, LIMITS, ["text", "probability"])
     task = build_task(ClassifyConfig(labels=LABELS, output_prefix="my_"), small, LIMITS, ["text", "probability"])
     assert [column.name for column in task.columns] == ["my_predicted_label", "my_probability", "my_probabilities"]

@@ -77,8 +77,10 @@ def test_files_give_their_configs(tmp_path: Path, text: str, config: TaskConfig)
     [
         ("labels = ['a']", "does not say which task"),
         ("task = 'judge'", "unknown task 'judge'; it is one of classify"),
+        ("task = 'clasify'", r"unknown task 'clasify' \(did you mean 'classify'\?\)"),
+        ("task = 'classify'\nlabel = ['a', 'b']", r"has no key 'label' \(did you mean 'labels'\?\)"),
         ("task = 'classify'", "classify needs labels"),
-        ("task = 'classify'\nlabels = ['a']\ntreshold = 1", "classify has no key 'treshold'; it has boundary, chat"),
+        ("task = 'classify'\nlabels = ['a']\ntreshold = 1", "classify has no key 'treshold'.*; it has boundary, chat"),
         ("task = 'classify'\nlabels = 'a'", "labels is 'a'; it is a list"),
         ("task = 'classify'\nlabels = [1]", r"labels\[0\] is 1; a label is a text or a table"),
         ("task = 'classify'\nlabels = [{word = 'a'}]", "a label needs a name"),
@@ -95,6 +97,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(TaskError, match=message):
         load_task_file(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "task.toml"
+    path.write_text("task = 'rank'\ncandidates = ['a']", encoding="utf-8-sig")
+    assert load_task_file(path) == RankConfig(candidates=("a",))
 
 
 def test_flags_may_override_a_file(tmp_path: Path) -> None:

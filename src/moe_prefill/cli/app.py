@@ -22,7 +22,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .commands import run_task
 from .fields import keyword, make_command, parameters_of
-from .flags import ENGINE_FLAGS, JOB_FLAGS, PLAN_ENGINE_FLAGS, PLAN_FLAGS, TASK_FLAGS, RunOptions
+from .flags import ENGINE_FLAGS, JOB_FLAGS, PLAN_ENGINE_FLAGS, PLAN_FLAGS, TASK_FLAGS, RunOptions, typed_flag
 from .plan import PlanOptions, plan
 from .report import show_metrics
 from .run_batch import run_batch
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="moe-prefill", standalone_mode=False)
     except MoePrefillError as error:
-        return _told(error, debug="--debug" in arguments)
+        return _told(error, arguments)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -69,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _told(error: MoePrefillError, *, debug: bool) -> int:
-    if debug:
+def _told(error: MoePrefillError, arguments: Sequence[str]) -> int:
+    if "--debug" in arguments:
         traceback.print_exc()
-    code = f"{error.code}: " if isinstance(error, RowError) else ""
-    _say(f"error: {code}{error}", "red")
+    code, message = f"{error.code}: " if isinstance(error, RowError) else "", str(error)
+    if error.setting is not None and (flag := typed_flag(error.setting, arguments)):
+        message = flag + message.removeprefix(error.setting)
+    _say(f"error: {code}{message}", "red")
     return error.exit_code
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ..text import Tokenizer
 
 _UNBOUNDED = 2**31 - 1
+_ESCAPE = re.compile(r"\\[nt]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class Request:
     @property
     def output_format(self) -> Format:
         """From --output-format, else from the output's name; JSONL on standard output."""
+        if str(self.run.output).endswith(".gz"):
+            raise UsageError(f"-o {self.run.output}: output is not compressed; leave .gz out, and run gzip afterwards")
         if self.run.output_format is not None:
             return check_format(self.run.output_format)
         if self.run.output in (None, "-"):
@@ -153,12 +157,25 @@ def _certain(request: Request, known: Identity, config: EngineConfig) -> Identit
 
 def _task_config(kind: str, values: dict[str, Any], path: str | None) -> TaskConfig:
     options = given(values, CONFIGS[kind])
+    _check_line_ends(options)
     if path is None:
         return config_from_mapping(kind, options)
     in_file, keys = read_task_file(path)
     if in_file != kind:
         raise TaskError(f"{path}: is a task of kind {in_file!r}; run `moe-prefill {in_file}`")
     return config_from_mapping(kind, {**keys, **options}, path)
+
+
+def _check_line_ends(options: Mapping[str, object]) -> None:
+    """Raise UsageError for a text in which the shell left \\n as two characters: no label ends so, and no prompt."""
+    for name, text in options.items():
+        if isinstance(text, str) and (found := _ESCAPE.search(text)):
+            letter = found[0][1]
+            raise UsageError.about(
+                name,
+                f"holds {found[0]} as two characters, a backslash and {letter!r}; in bash and zsh write $'...{found[0]}"
+                "...' for the character, or put the text into a task file, which takes both",
+            )
 
 
 def _output(request: Request) -> FileOutput | StreamOutput:

@@ -63,6 +63,11 @@ def read_list(name: str, texts: Sequence[str]) -> list[str]:
     return found
 
 
+def dashed(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
 def option(kind: Any, default: Any, *names: str, **settings: Any) -> tuple[Any, Any]:
     """Annotation and default of one option."""
     return Annotated[kind, typer.Option(*names, **settings)], default
@@ -73,8 +78,8 @@ def keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) 
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, flag: Flag) -> inspect.Parameter:
-    dashed = "--" + field.name.replace("_", "-")
-    names = flag.names or ((f"{dashed}/--no-{dashed[2:]}",) if hint is bool else (dashed,))
+    name = dashed(field.name)
+    names = flag.names or ((f"{name}/--no-{name[2:]}",) if hint is bool else (name,))
     settings: dict[str, Any] = {"help": flag.help, "rich_help_panel": flag.panel, "show_default": _shown(field)}
     if flag.metavar or _is_tuple(hint):
         settings["metavar"] = flag.metavar or "A,B,..."
@@ -108,7 +113,7 @@ def _json_list(name: str, text: str) -> list[str]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--{name.replace('_', '-')} starts with [ but is not a JSON list: {error}") from error
+        raise UsageError(f"{dashed(name)} starts with [ but is not a JSON list: {error}") from error
     if not all(isinstance(value, str) for value in values):
-        raise UsageError(f"--{name.replace('_', '-')} is {text}; its items must be strings")
+        raise UsageError(f"{dashed(name)} is {text}; its items must be strings")
     return list(values)

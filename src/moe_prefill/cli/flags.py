@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from .fields import Flag
+from .fields import Flag, dashed
 
 _PROMPT, _ANSWER, _ENGINE = "Prompt", "Task", "Engine"
 
@@ -17,7 +18,9 @@ TASK_FLAGS = {
     "label_prefix": Flag(help="Text between the context and every candidate.", panel=_PROMPT),
     "boundary": Flag(help="Where a label merges with the context: strict (row error) or split.", panel=_PROMPT),
     "truncate": Flag(help="Which end of a text that is too long is cut: error, left, right or middle.", panel=_PROMPT),
-    "output_prefix": Flag(help="Put this before the names of the added columns.", names=("--prefix",)),
+    "output_prefix": Flag(
+        help="Put this before the names of the added columns.", names=("--prefix", "--output-prefix")
+    ),
     "labels": Flag(help="The classes: a,b,c or a JSON list.", panel=_ANSWER),
     "normalize": Flag(help="Probabilities over the candidates or over the vocabulary.", panel=_ANSWER),
     "length_normalize": Flag(help="Divide a label's log-probability by its number of tokens.", panel=_ANSWER),
@@ -139,6 +142,14 @@ PLAN_FLAGS = {
     "json": Flag(help="One JSON object.", names=("--json",)),
     "debug": Flag(help="Show the traceback of an error.", names=("--debug",)),
 }
+
+
+def typed_flag(field: str, arguments: Sequence[str]) -> str | None:
+    """The option by which ``arguments`` set a field; None where a file or the environment does."""
+    flag = (ENGINE_FLAGS | TASK_FLAGS).get(field)
+    names = (flag and flag.names) or (dashed(field),)
+    given = {argument.partition("=")[0] for argument in arguments}
+    return next((name for name in names if name in given), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

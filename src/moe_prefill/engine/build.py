@@ -23,7 +23,7 @@ from .banks import BankMemory
 from .cores import cpu_threads, keep_freed_memory
 from .load import load_weights, open_model
 from .local import LocalEngine
-from .memory import free_bytes, host_pool_bytes
+from .memory import cpu_limit_gib, free_bytes, host_pool_bytes
 from .progress import LayerCounter
 from .quantized import FORMS, blocks_of
 from .trace import TraceWriter
@@ -172,7 +172,7 @@ def rank_budget(config: EngineConfig, device: torch.device, ranks: int = 1) -> B
         host = host_pool_bytes(config.host_gib) // ranks
         sharers = ranks if ":" in config.device else 1
         return Budget(device_bytes=free_bytes(device, config.memory_gib) // sharers, host_bytes=host, ranks=ranks)
-    mine = free_bytes(device, config.host_gib or config.memory_gib) // ranks
+    mine = free_bytes(device, cpu_limit_gib(config)) // ranks
     pinned = config.residency not in (None, "auto")
     return Budget(device_bytes=mine, host_bytes=mine if pinned else 0, ranks=ranks, kind="cpu")
 

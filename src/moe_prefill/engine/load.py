@@ -109,7 +109,8 @@ def open_model(
         spec = spec_from_hf(_config_without_weights(source, revision))
         return replace(spec, layers=spec.layers[: num_layers or spec.num_layers]), None
     if num_layers is not None:
-        raise UsageError(f"num_layers {num_layers} needs dummy weights; a checkpoint is loaded whole.")
+        said = f"is {num_layers}, which needs dummy weights (--load-format dummy); a checkpoint is loaded whole"
+        raise UsageError.about("num_layers", said)
     directory = resolve_directory(source, revision=revision)
     config = read_config(directory)
     spec, checkpoint = spec_from_hf(config), open_checkpoint(directory)

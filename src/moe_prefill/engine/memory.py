@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..config import EngineConfig
 from ..errors import UsageError
 from ..experts import device_memory
 from ..memory import GIB
@@ -36,12 +37,24 @@ def host_pool_bytes(limit_gib: float | None) -> int:
     """
     if limit_gib is None:
         return available_host_bytes()
+    check_host_gib(limit_gib)
+    return int(limit_gib * GIB)
+
+
+def cpu_limit_gib(config: EngineConfig) -> float | None:
+    """What the settings allow on a CPU, where both kinds of memory are the host's. UsageError as above."""
+    if config.host_gib is None:
+        return config.memory_gib
+    check_host_gib(config.host_gib)
+    return config.host_gib
+
+
+def check_host_gib(limit_gib: float) -> None:
+    """Raise UsageError for a setting that is more than the host has."""
     total = total_host_bytes()
     if total is not None and limit_gib * GIB > total:
-        raise UsageError(
-            f"--host-gib is {limit_gib:g}, and this host has {total / GIB:.1f} GiB of memory; give at most that"
-        )
-    return int(limit_gib * GIB)
+        said = f"is {limit_gib:g}, and this host has {total / GIB:.1f} GiB of memory; give at most that"
+        raise UsageError.about("host_gib", said)
 
 
 def available_host_bytes() -> int:

@@ -14,7 +14,8 @@ from .compare import Metrics, metrics_of
 from .counts import Counts
 from .durable import file_digest, write_durably
 from .manifest import FORMAT_VERSION, json_mapping, read_json
-from .output import sidecar_path
+from .output import check_place, sidecar_path
+from .tables import format_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +63,13 @@ def merge_shards(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     """
     if len(paths) < 2:
         raise UsageError(f"merge needs the outputs of all shards; {len(paths)} was given")
+    check_place(output.absolute())
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists; replace it with --overwrite, or give another -o")
     shards = sorted((_open(path) for path in paths), key=lambda shard: int(shard.shard.split("/")[0]))
     _check_same_job(shards)
     _check_complete(shards)
+    _check_format(shards, output)
     for shard in shards:
         _check_unchanged(shard)
     counts = Counts.total(Counts.from_json(json_mapping(shard.record, "counts")) for shard in shards)
@@ -121,6 +124,14 @@ def _check_complete(shards: Sequence[ShardFile]) -> None:
         assert first in (row, end), (shard.path, row, shard.rows)
         row = max(row, end)
     assert row == shards[0].rows[2], (row, shards[0].rows)
+
+
+def _check_format(shards: Sequence[ShardFile], output: Path) -> None:
+    kind, named = shards[0].identity["output.format"], format_of(output, gzip=False)
+    if named not in (None, kind):
+        raise UsageError(
+            f"{output}: the shards are {kind}, which merge does not turn into {named}; give -o {output.stem}.{kind}"
+        )
 
 
 def _check_unchanged(shard: ShardFile) -> None:

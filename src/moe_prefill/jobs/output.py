@@ -31,7 +31,7 @@ def check_place(path: Path) -> None:
         sidecar_path(path).exists()  # a name that is too long is found now, not when all is computed
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give a file name, for example {path / 'answers.csv'}")
-    if path.exists() and not path.is_file():
+    if (path.exists() and not path.is_file()) or path.is_relative_to("/proc"):
         raise OutputError(f"{path}: is not a regular file; give another -o, or - for standard output")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the directory {path.parent} does not exist; make it first")

@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..core import Int64Array, ModelSpec
 from ..engine.build import pick_dtype
 from ..engine.load import open_model
-from ..engine.memory import free_bytes
+from ..engine.memory import cpu_limit_gib, free_bytes
 from ..engine.progress import LayerCounter
 from ..errors import PlanError, UsageError
 from ..memory import DeviceKind, MemoryPlan, memory_plan
@@ -97,7 +97,7 @@ def strategy_engine(
 def plan_share(config: EngineConfig, share: Share, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
     """Sweep and chunk sizes from the device's memory. PlanError, with the numbers, when nothing fits."""
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    limit = config.memory_gib if kind == "cuda" else config.host_gib or config.memory_gib
+    limit = config.memory_gib if kind == "cuda" else cpu_limit_gib(config)
     free = free_bytes(device, limit) // (1 if kind == "cuda" else share.size)
     name = dtype_name(dtype)
     sizes = {"wanted": config.max_sweep_tokens, "chunk_rows": config.chunk_rows}

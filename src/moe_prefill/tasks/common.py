@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 
 from ..core import AtomicResult, Column, EngineLimits, PreparedRow
-from ..errors import RowError, TaskError
+from ..errors import RowError, UsageError
 from ..text import Tokenizer
 from .base import Preview, Row
 from .config import TaskConfig
@@ -44,7 +44,7 @@ class LabelTask(ABC):
         self.digest = digest_of(self.name, config, source, tokenizer, self._prompter, limits)
 
     def check_table(self, columns: Sequence[str] | None) -> None:
-        """Raise TaskError for columns that are missing, and for output columns that are there already."""
+        """Raise TaskError for columns that are missing, and UsageError for output columns that are there already."""
         check_columns(self.placeholders, columns, self.reserved)
         check_outputs(self.columns, columns)
 
@@ -112,10 +112,10 @@ def prefixed(columns: Sequence[Column], prefix: str) -> tuple[Column, ...]:
 
 
 def check_outputs(outputs: Sequence[Column], columns: Sequence[str] | None) -> None:
-    """Raise TaskError for output columns that the table has already."""
+    """Raise UsageError for output columns that the table has already."""
     clash = [column.name for column in outputs if columns is not None and column.name in columns]
     if clash:
-        raise TaskError(
+        raise UsageError(
             f"the table has the output column {', '.join(map(repr, clash))} already; "
             "give the added columns a prefix, for example --prefix new_"
         )

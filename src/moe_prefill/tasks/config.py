@@ -141,7 +141,7 @@ class SelectConfig(CandidatesConfig):
     def __post_init__(self) -> None:
         CandidatesConfig.__post_init__(self)
         if not 0.0 <= self.threshold <= 1.0:
-            raise TaskError(f"threshold is {self.threshold}; it is a probability between 0 and 1")
+            raise TaskError.about("threshold", f"is {self.threshold}; it is a probability between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ class RankConfig(CandidatesConfig):
     def __post_init__(self) -> None:
         CandidatesConfig.__post_init__(self)
         if self.top_n is not None and self.top_n < 1:
-            raise TaskError(f"top_n is {self.top_n}; it is at least 1 (leave it out to keep all)")
+            raise TaskError.about("top_n", f"is {self.top_n}; it is at least 1 (leave it out to keep all)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ class ScoreConfig(TaskConfig):
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         if not 0 <= self.top_k <= 1000:
-            raise TaskError(f"top_k is {self.top_k}; it is between 0 and 1000")
+            raise TaskError.about("top_k", f"is {self.top_k}; it is between 0 and 1000")
         if self.token_ids_column is None and (self.positions_column or self.candidate_ids_column):
             raise TaskError("positions_column and candidate_ids_column need token_ids_column")
         if self.token_ids_column is not None and (self.template or self.continuation or self.chat):
@@ -194,4 +194,4 @@ def need_texts(what: str, texts: Sequence[str]) -> None:
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise TaskError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise TaskError(f"{name} is {value!r}; it is one of {', '.join(allowed)}")
+        raise TaskError.about(name, f"is {value!r}; it is one of {', '.join(allowed)}")

@@ -252,7 +252,7 @@ def check_vocabulary(ids: Int32Array, tokenizer: Tokenizer, vocab_size: int) -> 
 def too_long(count: int, limit: int, truncate: Truncate) -> RowError:
     """The error of a prompt of ``count`` tokens where ``limit`` fit."""
     remedy = (
-        "shorten it, or let it be cut with --truncate left, right or middle"
+        "shorten it, or let it be cut (truncate: left, right or middle)"
         if truncate == "error"
         else "cutting the row's longest text does not bring it below the limit; shorten the template"
     )

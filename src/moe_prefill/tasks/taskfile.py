@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import TaskError
+from ..errors import TaskError, did_you_mean
 from .config import (
     ChooseConfig,
     ClassifyConfig,
@@ -34,7 +34,7 @@ CONFIGS: Mapping[str, type[TaskConfig]] = {
 def read_task_file(path: str | Path) -> tuple[str, dict[str, object]]:
     """Read a task file: its kind (key ``task``) and its other keys as they stand. Raises TaskError."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise TaskError(f"task file {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # TOML and UTF-8 errors are ValueErrors
@@ -42,6 +42,7 @@ def read_task_file(path: str | Path) -> tuple[str, dict[str, object]]:
     kind = values.pop("task", None)
     if not isinstance(kind, str):
         raise TaskError(f"task file {path} does not say which task it is; add task = one of {', '.join(CONFIGS)}")
+    _check_kind(kind, str(path))
     return kind, values
 
 
@@ -50,15 +51,13 @@ def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "
 
     ``source`` is named in messages. Raises TaskError for an unknown kind or key, or a value of a wrong type.
     """
-    if kind not in CONFIGS:
-        raise TaskError(f"{source}: unknown task {kind!r}; it is one of {', '.join(CONFIGS)}")
+    _check_kind(kind, source)
     config = CONFIGS[kind]
     known = _hints(kind)
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise TaskError(
-            f"{source}: {kind} has no key {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}"
-        )
+        names = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
+        raise TaskError(f"{source}: {kind} has no key {names}; it has {', '.join(sorted(known))}")
     required = {field.name for field in dataclasses.fields(config) if _is_required(field)}
     missing = sorted(required - set(values))
     if missing:
@@ -66,6 +65,13 @@ def config_from_mapping(kind: str, values: Mapping[str, object], source: str = "
         raise TaskError(f"{source}: {kind} needs {', '.join(missing)}; give {flags}, or the same in a task file")
     checked: dict[str, Any] = {key: _value(value, known[key], f"{source}: {key}") for key, value in values.items()}
     return config(**checked)
+
+
+def _check_kind(kind: str, source: str) -> None:
+    if kind not in CONFIGS:
+        raise TaskError(
+            f"{source}: unknown task {kind!r}{did_you_mean(kind, CONFIGS)}; it is one of {', '.join(CONFIGS)}"
+        )
 
 
 def load_task_file(path: str | Path) -> TaskConfig:
@@ -90,6 +96,7 @@ def _value(value: object, hint: object, where: str) -> object:
     if origin is types.UnionType or origin is typing.Union:
         return None if value is None else _value(value, args[0], where)
     if origin is tuple:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or pandas
         if not isinstance(value, list | tuple):
             raise TaskError(f"{where} is {value!r}; it is a list")
         return tuple(_value(entry, args[0], f"{where}[{i}]") for i, entry in enumerate(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,8 +72,17 @@ def check_columns(needed: Collection[str], columns: Sequence[str] | None, reserv
         names = ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
         raise TaskError(
             f"the table has no column {names}; it has {', '.join(columns[:30])}{own}. Name one of "
-            "them in the template as {column}, or the text column with --text-column"
+            f"them in the template as {{column}}, or the text column with --text-column{delimiter_remark(columns)}"
         )
+
+
+def delimiter_remark(columns: Sequence[str]) -> str:
+    """What a header that is one long name may mean, or nothing."""
+    found = next((mark for mark in (";", "\t", "|") if len(columns) == 1 and mark in columns[0]), None)
+    if found is None:
+        return ""
+    remedy = "give --format tsv" if found == "\t" else "write the table with commas"
+    return f". {found!r} stands in its only name: if it is the delimiter, {remedy}"
 
 
 def fields_of(row: Row, names: Collection[str]) -> dict[str, str]:
@@ -99,12 +107,12 @@ def need_text(value: object, where: str) -> str:
 def as_text(value: object) -> str:
     """A value as a table shows it: numbers as they are, booleans in lower case, dates in ISO form, lists as JSON.
 
-    What stands for a missing value, None and not-a-number, is an empty text.
+    What stands for a missing value, None, not-a-number and pandas' NA and NaT, is an empty text.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
     if isinstance(value, str):
         return value
+    if value is None or _is_missing(value):
+        return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, bytes):
@@ -114,6 +122,14 @@ def as_text(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a value is unequal to itself, as all that is not a number is; NA refuses to say so."""
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # of an array the truth has no one value
+        return type(value).__name__ == "NAType"
 
 
 def list_of(row: Row, column: str) -> list[object]:
