@@ -85,9 +85,7 @@ class ModelSpec:
     out_bias: bool = False
     clip_qkv: float | None = None
     norm_topk_prob: bool = True
-    router_weights_float32: bool = (
-        False  # Mixtral keeps the routing weights in float32, the others in the model's dtype
-    )
+    router_weights_float32: bool = False  # Mixtral; the other families round them to the model's dtype
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # as published
     float8_blocks: bool = False  # published with float8 matrices that have a scale for each block of 128 x 128

@@ -15,6 +15,7 @@ from .core import EngineLimits, ModelSpec
 from .errors import PlanError
 
 GIB = 1 << 30
+FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
 DeviceKind = Literal["cuda", "cpu"]
 _CHUNK_ROWS = {"cuda": 16384, "cpu": 8192}
 _MOST_CHUNK_ROWS = {"cuda": 65536, "cpu": 8192}  # where memory is left
@@ -154,6 +155,13 @@ def plan_memory(
         f"a sweep of {least[0]:,} tokens needs {show_bytes(memory_plan(spec, element, *least).num_bytes)} beside the "
         f"weights, and there are {show_bytes(max(budget, 0))}; give more memory or a smaller --max-sweep-tokens"
     )
+
+
+def workspace_reserve(device_bytes: int) -> int:
+    """Bytes of a device that are left to the workspaces of kernels and collectives: 1 GiB, a sixteenth where there is
+    little.
+    """
+    return min(GIB, device_bytes // 16)
 
 
 def show_bytes(size: int) -> str:

@@ -15,10 +15,10 @@ import torch
 from ..errors import ModelError
 from ..ops import BLOCK
 from .headers import SCALE_SUFFIX, TensorEntry
+from .slots import Shape
 
-FLOAT8 = "F8_E4M3"
+STORED_FLOAT8 = "F8_E4M3"  # as safetensors names the type
 SCALE_DTYPES = ("F32", "BF16", "F16")
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class BlockScales:
 
 
 def is_scaled(entry: TensorEntry) -> bool:
-    return entry.dtype == FLOAT8
+    return entry.dtype == STORED_FLOAT8
 
 
 def with_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, TensorEntry]:

@@ -19,6 +19,7 @@ from ..core import Level, ModelSpec
 from ..costmodel import SweepPrediction
 from ..errors import PlanError, UsageError
 from ..memory import (
+    FRAGMENTS,
     GIB,
     grown,
     is_good,
@@ -29,6 +30,7 @@ from ..memory import (
     show_bytes,
     sweep_sizes,
     sweep_steps,
+    workspace_reserve,
 )
 from ..shapes import float8_slots, slot_shapes
 from .levels import (
@@ -45,9 +47,9 @@ from .record import DTYPE_BYTES, bank_bytes, block_scale_bytes, shard_bytes
 from .remedies import MOST_EXPOSED, Predict, exposed_share, remedies
 
 UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
-_RESERVE = GIB  # of device memory, for kernels' workspaces; a sixteenth where there is little
-_HOST_RESERVE = 8 * GIB  # of host memory beside pinned banks, for the process and its tables; a sixteenth likewise
-_FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
+_HOST_RESERVE = (
+    8 * GIB
+)  # of host memory beside pinned banks, for the process and its tables; a sixteenth where there is little
 _SAME_SPEED = 0.995
 
 
@@ -187,7 +189,7 @@ class _Planner:
             **self._banks(candidate),
             "prefix keys and values": self.prefixes,
             **sweep.bytes_by_purpose,
-            "workspace reserve": self._reserve() + sweep.num_bytes // _FRAGMENTS,
+            "workspace reserve": self._reserve() + sweep.num_bytes // FRAGMENTS,
         }
 
     def _banks(self, candidate: _Candidate) -> dict[str, int]:
@@ -200,7 +202,7 @@ class _Planner:
         }
 
     def _reserve(self) -> int:
-        return min(_RESERVE, self.budget.device_bytes // 16)
+        return workspace_reserve(self.budget.device_bytes)
 
     def _host_bytes(self, levels: Levels) -> dict[str, int]:
         """Pinned bytes of one rank, and what its process needs beside them; nothing where nothing is pinned."""
@@ -212,7 +214,7 @@ class _Planner:
         """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
         fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self._reserve()
         fixed += self.prefixes
-        left = (self.budget.device_bytes - fixed) * _FRAGMENTS // (_FRAGMENTS + 1)
+        left = (self.budget.device_bytes - fixed) * FRAGMENTS // (FRAGMENTS + 1)
         return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
 
     def _leanest(self, size: tuple[int, int]) -> _Candidate:

@@ -7,13 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import PlanError
-from ..memory import GIB, DeviceKind, MemoryPlan, chunk_row_bytes, memory_plan, show_bytes, sweep_sizes
+from ..memory import (
+    FRAGMENTS,
+    DeviceKind,
+    MemoryPlan,
+    chunk_row_bytes,
+    memory_plan,
+    show_bytes,
+    sweep_sizes,
+    workspace_reserve,
+)
 from ..residency import DTYPE_BYTES, expert_record
 from ..shapes import Shape, float8_slots, slot_shapes
 from .share import Share
 
-_RESERVE = GIB  # for kernels' and the collectives' workspaces; a sixteenth of the device where there is little
-_FRAGMENTS = 10  # a tenth of a sweep's bytes is lost between the allocator's blocks
 _MOST_TOKENS = 1 << 36
 
 
@@ -47,7 +54,7 @@ def fit_share(
     def sizes(tokens: int, rows: int) -> dict[str, int]:
         sweep = memory_plan(share.spec, element, tokens, rows).bytes_by_purpose
         moved = transfer_bytes(share, element, tokens, rows)
-        reserve = min(_RESERVE, device_bytes // 16) + (sum(sweep.values()) + moved) // _FRAGMENTS
+        reserve = workspace_reserve(device_bytes) + (sum(sweep.values()) + moved) // FRAGMENTS
         return {**weights, **sweep, "sent and received": moved, "workspace reserve": reserve}
 
     def fits(tokens: int, rows: int) -> bool:
