@@ -108,8 +108,8 @@ def test_a_model_is_a_path_or_a_name():
 
 
 def test_remedies_name_options_of_python(engine):
-    (result,) = engine.classify(["word " * 5000], labels=["spam", "ham"])
-    assert "let it be cut with truncate left" in result.error
+    (result,) = engine.classify(["The wor"], labels=["ld", "x"], template="{text}", label_prefix="")
+    assert "(label_prefix), or accept it with boundary split" in result.error
     with pytest.raises(TaskError, match=r"or normalize vocabulary"):
         engine.classify(["x"], labels=["spam"])
     with pytest.raises(UsageError, match=r"for example output_prefix new_"):

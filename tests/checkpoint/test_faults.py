@@ -164,6 +164,11 @@ def test_not_a_safetensors_file(tmp_path, data):
     refuse(tmp_path, "is damaged: its header is said to take")
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refuse(tmp_path, "is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+
+
 def shards(directory, weight_map):
     save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, directory / "model-1.safetensors")
     save_file({"e.0": TENSORS["e.0"], "e.1": TENSORS["e.1"]}, directory / "model-2.safetensors")

@@ -76,3 +76,7 @@ def test_another_delimiter_is_guessed(said: Callable[..., str], tmp_path: Path, 
 def test_no_file_is_looked_for_behind_a_pipe(said: Callable[..., str]) -> None:
     told = said("--labels", "a,b", "--output-format", "csv", output="/proc/1/fd/pipe:[7]", code=7)
     assert "or - for standard output" in told
+
+
+def test_an_empty_model_is_no_working_directory(said: Callable[..., str]) -> None:
+    assert "--model is needed" in said("--labels", "a,b", "--model", "")

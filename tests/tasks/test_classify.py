@@ -177,7 +177,7 @@ def test_too_long_says_numbers_and_remedy(small: Tokenizer) -> None:
     (error,) = task.prepare([{"text": "the " * 300}])
     assert isinstance(error, RowError)
     assert "longest request is 200" in str(error)
-    assert "--truncate" in str(error)
+    assert "(truncate: left, right or middle)" in str(error)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "middle"])

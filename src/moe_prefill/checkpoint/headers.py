@@ -97,6 +97,10 @@ def read_header(path: Path) -> list[TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        if start == b"version ":
+            raise ModelError(
+                f"{path} is a Git LFS pointer, not the file; fetch it with `git lfs pull` in {path.parent}"
+            )
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MAX_HEADER or 8 + length > size:
             raise _damaged(path, f"its header is said to take {length:,} bytes, the file has {size:,}")

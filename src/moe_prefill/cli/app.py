@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _other(error)
     if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code
-        _say("interrupted. Finished windows are kept: go on with --resume", "yellow")
+        _say("interrupted. Finished windows of an output file are kept: go on with --resume", "yellow")
     return code if isinstance(code, int) else 0
 
 

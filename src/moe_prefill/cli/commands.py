@@ -60,7 +60,7 @@ class Request:
     def read(cls, kind: str, source: str, values: dict[str, Any]) -> Request:
         """Type the options; those given beside a task file win over it. Raises UsageError and TaskError."""
         run = RunOptions(**given(values, RunOptions))
-        if values.get("model") is None:
+        if not values.get("model"):
             raise UsageError("--model is needed: a directory or a hub id")
         for name, rows in (("--limit", run.limit), ("--window-rows", run.window_rows)):
             if rows is not None and rows < 1:
