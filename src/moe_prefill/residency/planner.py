@@ -47,9 +47,8 @@ from .record import DTYPE_BYTES, bank_bytes, block_scale_bytes, shard_bytes
 from .remedies import MOST_EXPOSED, Predict, exposed_share, remedies
 
 UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
-_HOST_RESERVE = (
-    8 * GIB
-)  # of host memory beside pinned banks, for the process and its tables; a sixteenth where there is little
+# Of host memory beside pinned banks, for the process and its tables; a sixteenth where there is little.
+_HOST_RESERVE = 8 * GIB
 _SAME_SPEED = 0.995
 
 
@@ -189,7 +188,7 @@ class _Planner:
             **self._banks(candidate),
             "prefix keys and values": self.prefixes,
             **sweep.bytes_by_purpose,
-            "workspace reserve": self._reserve() + sweep.num_bytes // FRAGMENTS,
+            "workspace reserve": workspace_reserve(self.budget.device_bytes) + sweep.num_bytes // FRAGMENTS,
         }
 
     def _banks(self, candidate: _Candidate) -> dict[str, int]:
@@ -201,9 +200,6 @@ class _Planner:
             "staged shards": staged_shards(levels, candidate.depth) * self.shard,
         }
 
-    def _reserve(self) -> int:
-        return workspace_reserve(self.budget.device_bytes)
-
     def _host_bytes(self, levels: Levels) -> dict[str, int]:
         """Pinned bytes of one rank, and what its process needs beside them; nothing where nothing is pinned."""
         pinned = levels.count("offloaded") * self.bank + levels.count("hybrid") * self.shard
@@ -212,8 +208,8 @@ class _Planner:
 
     def _room(self, candidate: _Candidate) -> int:
         """The most tokens whose sweep fits beside the candidate's levels, with its chunks."""
-        fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self._reserve()
-        fixed += self.prefixes
+        fixed = sum(self.weights.values()) + sum(self._banks(candidate).values()) + self.prefixes
+        fixed += workspace_reserve(self.budget.device_bytes)
         left = (self.budget.device_bytes - fixed) * FRAGMENTS // (FRAGMENTS + 1)
         return largest_sweep(self.spec, self.element, left, candidate.chunk_rows)
 
