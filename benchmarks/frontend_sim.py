@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -50,7 +51,9 @@ BURST_INTERVAL_S = 25.0  # about what one of eight bursts takes eight workers
 WITHOUT = {
     "look-ahead": {"look_ahead": False},
     "long-first": {"long_first": False},
+    "postpone": {"postpone": False},
     "held-first": {"held_first": False},
+    "renew": {"renew": False},
     "memory-bound": {"memory_bound": False},
     "together": {"together": 0},
     "spill": {"spill": False},
@@ -65,6 +68,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "gpu": profile.gpu,
         "rates": "estimated" if profile.is_estimated else "measured",
+        "profile": _named(profile),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "git": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
@@ -122,7 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kv-gib", type=float, nargs="+", default=[12, 0])
     parser.add_argument("--keep", action="store_true", help="cells of other mixes that the file has stay in it")
     parser.add_argument("--table-blocks", type=int, default=1_000_000)
-    parser.add_argument("--profile")
+    parser.add_argument("--profile", help="a machine profile that `moe-prefill calibrate` has written")
     return parser.parse_args()
 
 
@@ -135,14 +139,17 @@ def _runs(mix: str, options: argparse.Namespace) -> Iterator[tuple[int, float, s
         sizes += [(8, kv_gib) for kv_gib in options.kv_gib[1:]]
     if mix == "aggregated":
         sizes += [(workers, options.kv_gib[0]) for workers in options.workers if workers != 8]
+    elif mix == "bursts":  # on fewer workers they come faster than they are computed
+        sizes += [(workers, options.kv_gib[0]) for workers in options.workers if workers in (2, 4)]
     for workers, kv_gib in sizes:
         for name in options.policies:
             yield workers, kv_gib, name, lambda m, name=name: make_policy(name, m.costs, m.limits)  # type: ignore[misc]
+    ablated = [8, 2] if mix == "bursts" else [8]
     if mix in ABLATED_MIXES and "ours" in options.policies:
-        for name, off in WITHOUT.items():
+        for workers, (name, off) in itertools.product([w for w in ablated if w in options.workers], WITHOUT.items()):
             extensions = Extensions(**off)  # type: ignore[arg-type]
             yield (
-                8,
+                workers,
                 options.kv_gib[0],
                 f"ours without {name}",
                 lambda m, extensions=extensions: Ours(m.costs, m.limits, extensions),  # type: ignore[misc]
@@ -166,6 +173,12 @@ def _machine(spec: ModelSpec, profile: MachineProfile, workers: int, kv_gib: flo
             sweep_tokens=SWEEP_TOKENS,
         )
     return _machines[ranks, kv_gib]
+
+
+def _named(profile: MachineProfile) -> dict[str, Any]:
+    """Which profile this is: whose shapes were measured, on what, when and how."""
+    keys = ("gpu", "driver", "torch", "date", "command", "model", "is_estimated")
+    return {key: getattr(profile, key) for key in keys}
 
 
 def _measured(outcome: Outcome) -> dict[str, Any]:

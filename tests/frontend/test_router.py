@@ -97,7 +97,7 @@ def test_siblings_that_arrive_apart_meet():
 
 
 def test_each_extension_off_leaves_the_papers_rule():
-    off = Extensions(look_ahead=False, long_first=False, memory_bound=False, together=0, spill=False)
+    off = Extensions(look_ahead=False, memory_bound=False, together=0, spill=False)
     made = tickets(families(np.random.default_rng(4), 20, 4, 96, 20))
     fronts = [frontend("paper"), frontend(lambda it: Ours(it.costs, it.limits, off))]
     for front in fronts:
@@ -105,16 +105,60 @@ def test_each_extension_off_leaves_the_papers_rule():
     assert owners(fronts[0]) == owners(fronts[1])
 
 
-def test_long_requests_come_first_and_an_epoch_ends_before_the_next():
+def all_of(queue):
+    return [queue.pop() for _ in range(len(queue))]
+
+
+def test_long_requests_come_first_and_an_epoch_ends_when_enough_is_new():
     it = machine()
-    queue = LookAhead(it.costs)
     short, long, late = (ticket(rng_tokens(RNG, n), id) for id, n in enumerate((30, 300, 900)))
-    queue.push(short)
-    queue.push(long)
-    assert queue.pop() is long
-    queue.push(late)
-    assert [queue.pop(), queue.pop()] == [short, late]
-    assert queue.remaining_ns == 0
+    for renew, expected in ((False, [short, late]), (True, [late, short])):
+        queue = LookAhead(it.costs, postpone=False, renew=renew)
+        queue.push(short)
+        queue.push(long)
+        assert queue.pop() is long
+        queue.push(late)
+        assert all_of(queue) == expected
+        assert queue.remaining_ns == 0
+
+
+def test_siblings_of_what_waits_join_it():
+    shared = rng_tokens(RNG, 200)
+    first, other, later = (
+        ticket(tokens, id)
+        for id, tokens in enumerate((np.append(shared, 2), rng_tokens(RNG, 150), np.append(shared, 3)))
+    )
+    longest = ticket(rng_tokens(RNG, 900), 3)
+    queue = LookAhead(machine().costs, postpone=False)
+    for each in (first, other, longest):
+        queue.push(each)
+    assert queue.pop() is longest
+    queue.push(later)
+    assert all_of(queue) == [first, later, other]
+
+
+def test_long_ones_wait_while_more_comes_than_is_computed_but_for_what_evens_loads_out():
+    """Before anything shows that more will come, the longest are first. Once it has come and work is left over, the
+    shorter ones go before them, and as much of the shortest is kept for the end as two times the longest.
+    """
+    made = tickets([rng_tokens(RNG, n) for n in (50,) * 40 + (100, 200, 400, 500)])
+    for postpone in (False, True):
+        queue = LookAhead(machine().costs, postpone=postpone)
+        for each in made[:-1]:
+            queue.push(each)
+        assert queue.pop().num_tokens == 400
+        queue.push(made[-1])
+        for each in tickets_from(100, [rng_tokens(RNG, 50) for _ in range(8)]):
+            queue.push(each)
+        lengths = [each.num_tokens for each in all_of(queue)]
+        if not postpone:
+            assert lengths == sorted(lengths, reverse=True)
+            continue
+        longest = lengths.index(500)
+        assert lengths[:longest] == sorted(lengths[:longest])
+        assert 100 in lengths[:longest]
+        assert 200 in lengths[:longest]
+        assert 1000 <= sum(lengths[longest + 1 :]) <= 1200
 
 
 def test_what_a_pool_holds_comes_before_what_would_push_it_out():

@@ -4,9 +4,10 @@ from .costs import Cost, RequestCosts
 from .former import FormedSweep, SweepBounds, WaitingRoom
 from .frontend import Admission, Frontend
 from .load import Load
+from .lookahead import LookAhead
 from .machine import Machine, full_sweep_flops
 from .policies import POLICIES, Extensions, Limits, Ours, Policy, make_policy
-from .queues import Fifo, LookAhead, Queue, ShortestFirst
+from .queues import Fifo, Queue, ShortestFirst
 from .tables import PrefixTable
 from .threshold import Threshold
 from .ticket import Ticket, make_ticket

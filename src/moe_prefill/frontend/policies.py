@@ -12,7 +12,8 @@ from typing import Protocol
 
 from ..blocks import BLOCK_TOKENS, Digest, held_blocks
 from .costs import Cost, RequestCosts
-from .queues import Fifo, LookAhead, Queue, ShortestFirst
+from .lookahead import LookAhead
+from .queues import Fifo, Queue, ShortestFirst
 from .siblings import SIBLING_BLOCKS
 from .ticket import Ticket
 from .worker import Worker
@@ -180,8 +181,9 @@ class ShortestPrefill:
 class Extensions:
     """What goes beyond the paper's rule; each can be switched off.
 
-    ``look_ahead``: siblings in the queue are brought together; with it, ``long_first``: groups with long requests
-    first; ``held_first``: before them those whose prefix a pool has.
+    ``look_ahead``: siblings in the queue are brought together; with it, ``long_first``: the end consists of short
+    requests; ``postpone``: before that the long ones wait for the others; ``held_first``: before all those whose prefix
+    a pool has; ``renew``: what comes is brought together with what waits already.
     ``memory_bound``: a worker takes work up to ``Limits.full`` instead of T. ``together``: where it has a prefix it may
     go beyond its bound by this many times what the match saves, so that siblings are not torn apart there. ``spill``:
     a worker that would be done later than all workers on average is passed over, even where it has the prefix; and
@@ -190,7 +192,9 @@ class Extensions:
 
     look_ahead: bool = True
     long_first: bool = True
+    postpone: bool = True
     held_first: bool = True
+    renew: bool = True
     memory_bound: bool = True
     together: int = 2
     spill: bool = True
@@ -210,7 +214,13 @@ class Ours:
         self.extensions = on = extensions or Extensions()
         self.queue: Queue = Fifo(costs)
         if on.look_ahead:
-            self.queue = LookAhead(costs, long_first=on.long_first, held_first=on.held_first)
+            self.queue = LookAhead(
+                costs,
+                long_first=on.long_first,
+                postpone=on.postpone,
+                held_first=on.held_first,
+                renew=on.renew,
+            )
         self._costs = costs
         self.limit(limits)
 

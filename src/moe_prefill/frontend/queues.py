@@ -7,10 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..blocks import BLOCK_TOKENS, held_blocks
-from ..forest import own_tokens
+from ..blocks import BLOCK_TOKENS
 from .costs import RequestCosts
-from .siblings import SIBLING_BLOCKS, Siblings
+from .siblings import Siblings
 from .ticket import Ticket
 from .worker import Worker
 
@@ -63,70 +62,6 @@ class Fifo:
     def push_back(self, tickets: Sequence[Ticket]) -> None:
         self._waiting.extendleft(reversed(tickets))
         self.remaining_ns += sum(self._costs.of(ticket, 0).ns for ticket in tickets)
-
-
-class LookAhead:
-    """Siblings together, groups with long requests first, and before all those whose prefix a pool has: others would
-    push it out.
-
-    What waits is put in order in **epochs**: an epoch is all that waits when the one before it is through. Within one,
-    requests that share a prefix follow one another, and groups go by their longest request (by what it costs after
-    sharing), so that the end of a job, where there is no more choice, consists of short ones. So a request is
-    overtaken at most by those that wait when it comes or come before the epoch is through that runs then: never by
-    more than two fillings of the queue.
-    """
-
-    def __init__(self, costs: RequestCosts, *, long_first: bool = True, held_first: bool = True) -> None:
-        self._costs, self._long_first, self._held_first = costs, long_first, held_first
-        self._epoch: deque[tuple[Ticket, int]] = deque()  # with the predicted time after sharing
-        self._next: list[tuple[Ticket, int]] = []
-        self.remaining_ns = 0
-
-    def __len__(self) -> int:
-        return len(self._epoch) + len(self._next)
-
-    def push(self, ticket: Ticket) -> None:
-        cost_ns = self._costs.of(ticket, 0).ns
-        self._next.append((ticket, cost_ns))
-        self.remaining_ns += cost_ns
-
-    def peek(self, workers: Sequence[Worker] = ()) -> Ticket:
-        if not self._epoch:
-            self._begin_epoch(workers)
-        return self._epoch[0][0]
-
-    def pop(self) -> Ticket:
-        self.peek()
-        ticket, cost_ns = self._epoch.popleft()
-        self.remaining_ns -= cost_ns
-        return ticket
-
-    def push_back(self, tickets: Sequence[Ticket]) -> None:
-        again = [(ticket, self._costs.of(ticket, 0).ns) for ticket in tickets]
-        self._epoch.extendleft(reversed(again))
-        self.remaining_ns += sum(cost_ns for _, cost_ns in again)
-
-    def _begin_epoch(self, workers: Sequence[Worker]) -> None:
-        siblings = Siblings()
-        siblings.add_all([ticket for ticket, _ in self._next])
-        order = list(siblings.in_order())
-        lengths, shared = [ticket.num_tokens for ticket, _ in order], [BLOCK_TOKENS * blocks for _, blocks in order]
-        groups: list[list[tuple[Ticket, int]]] = []
-        own = own_tokens(lengths, shared, self._costs.rule).tolist()
-        for (ticket, blocks), tokens in zip(order, own, strict=True):
-            if blocks < SIBLING_BLOCKS:
-                groups.append([])
-            begin = min(ticket.num_tokens - tokens, BLOCK_TOKENS * ticket.usable_blocks)
-            groups[-1].append((ticket, self._costs.of(ticket, begin).ns))
-        if self._long_first:
-            groups.sort(key=lambda group: (-max(cost_ns for _, cost_ns in group), min(t.id for t, _ in group)))
-        else:
-            groups.sort(key=lambda group: min(ticket.id for ticket, _ in group))
-        if self._held_first:
-            groups.sort(key=lambda group: not any(_holds(worker, group[0][0]) for worker in workers))
-        self._epoch.extend(each for group in groups for each in group)
-        self._next = []
-        self.remaining_ns = sum(cost_ns for _, cost_ns in self._epoch)
 
 
 class ShortestFirst:
@@ -185,8 +120,3 @@ class ShortestFirst:
     def _left(self, ticket: Ticket) -> int:
         blocks = self._matched.get(ticket.id)
         return -1 if blocks is None else ticket.num_tokens - BLOCK_TOKENS * min(blocks, ticket.usable_blocks)
-
-
-def _holds(worker: Worker, ticket: Ticket) -> bool:
-    """Whether a worker's pool has enough of a request to make it worth a place."""
-    return held_blocks(ticket.chain, ticket.usable_blocks, worker.table.committed) >= SIBLING_BLOCKS
