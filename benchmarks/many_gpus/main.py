@@ -152,7 +152,7 @@ def save_predictions(
     about = {"note": NOTE, "for": profile.gpu, "rates": "estimated" if profile.is_estimated else profile.date}
     memory = {"assumed_hbm_gib": options.assumed_hbm_gib, "assumed_host_gib": options.assumed_host_gib}
     head_ = {key: head[key] for key in ("date", "git")}
-    calls = {**calls, head["command"]: round(seconds)}
+    calls = {**calls, head["command"].replace(" --predict-only", ""): round(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {**about, **memory, **head_, "predicted_call_s": calls, "predictions": every}
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
