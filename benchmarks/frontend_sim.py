@@ -132,7 +132,7 @@ def _options() -> argparse.Namespace:
 
 def _runs(mix: str, options: argparse.Namespace) -> Iterator[tuple[int, float, str, Callable[[Machine], Policy]]]:
     """Workers, GiB of KV, the policy's name and how to make it: all policies at 8 workers, the aggregated mix at every
-    number of workers, that and bursts at every pool size, and ours without each of its extensions.
+    number of workers, bursts at 2 and 4, both at every pool size, and ours without each of its extensions.
     """
     sizes = [(8, options.kv_gib[0])] if 8 in options.workers else []
     if mix in ("aggregated", "bursts"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from ..blocks import BLOCK_TOKENS, held_blocks
@@ -123,7 +123,9 @@ class LookAhead:
             if blocks < SIBLING_BLOCKS:
                 groups.append([])
             begin = min(ticket.num_tokens - tokens, BLOCK_TOKENS * ticket.usable_blocks)
-            groups[-1].append(replace(by_id[ticket.id], ns=self._costs.of(ticket, begin).ns))
+            each = by_id[ticket.id]
+            each.ns = self._costs.of(ticket, begin).ns
+            groups[-1].append(each)
         return groups
 
 
