@@ -87,6 +87,12 @@ def test_a_bad_line_has_its_error_and_leaves_the_others_alone(tmp_path, make_ser
     assert all(one["error"]["code"] for one in told[1:5])
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path, make_service):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a") + "\r\n" + line("b") + "\r\n", encoding="utf-8-sig")
+    assert run(source, output, make_service).completed == 2
+
+
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not(tmp_path, make_service, tokenizer, monkeypatch):
     monkeypatch.setattr(runbatch, "_CHUNK_LINES", 4)
     source, output, plain = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "plain.jsonl"))

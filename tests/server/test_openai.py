@@ -208,6 +208,9 @@ def test_logit_bias_bans_and_forces(client, engine):
         ({"max_tokens": 16}, "max_tokens_too_large"),
         ({"stream": True}, "unsupported"),
         ({"n": 2}, "unsupported"),
+        ({"bad_words": ["a"]}, "unsupported"),
+        ({"regex": "a|b"}, "unsupported"),
+        ({"return_tokens_as_token_ids": True}, "unsupported"),
         ({"prompt": []}, "empty"),
         ({"prompt": ""}, "empty_text"),
         ({"prompt": [[]]}, "empty_text"),
@@ -246,6 +249,15 @@ def test_a_prompt_is_cut_only_when_asked(http, engine):
     reply = http.post("/v1/completions", json=body).json()
     assert reply["usage"]["prompt_tokens"] == 3
     assert reply["choices"][0]["logprobs"]["tokens"][:3] == [engine.tokenizer.token_string(i) for i in ids[-3:]]
+
+
+@pytest.mark.parametrize("field", [{"add_generation_prompt": False}, {"continue_final_message": True}, {"tools": [{}]}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/classify"])
+def test_the_chat_template_is_not_used_otherwise_in_silence(http, path, field):
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert http.post(path, json=body).status_code == 200
+    reply = http.post(path, json={**body, **field})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, next(iter(field)))
 
 
 @pytest.mark.parametrize("field", [{"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"tools": "x"}}])

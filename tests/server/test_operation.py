@@ -248,6 +248,8 @@ def test_bodies_are_bounded_together(make_service, tokenizer):
 def test_unknown_paths_and_methods_have_the_same_form_of_error(make_service):
     with listening(make_service()) as url, httpx.Client(base_url=url) as http:
         assert http.get("/nothing").json()["error"]["code"] == "not_found"
+        assert "/v1/embeddings" in http.post("/v1/embeddings", json={}).json()["error"]["message"]
+        assert "--data-dir" in http.get("/v1/batches/batch_1").json()["error"]["message"]
         assert http.get("/v1/completions").status_code == 405
         assert http.post("/../../etc/passwd").status_code == 404
 

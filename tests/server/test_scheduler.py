@@ -215,6 +215,23 @@ def test_who_no_longer_waits_is_not_computed():
     assert scheduler.queued("interactive") == (0, 0)
 
 
+@pytest.mark.parametrize("limits", [{"max_queue_tokens": 100}, {"max_queue_requests": 2}, {"tenant_share": 0.5}])
+def test_who_no_longer_waits_takes_no_room_from_others(limits):
+    scheduler, clock, _ = scheduler_of(max_wait_s=0, **{"max_queue_tokens": 200, **limits})
+    stays, *left = (work_of(50, tenant="a", seed=seed) for seed in range(2))
+    for work in (stays, *left):
+        scheduler.submit(work)
+    with pytest.raises(Refused):
+        scheduler.submit(work_of(60, tenant="a", seed=9))
+    for work in left:
+        work.reply.cancel()
+    comes = work_of(50, tenant="a", seed=10)
+    scheduler.submit(comes)
+    assert scheduler.queued("interactive") == (2, 100)
+    run_all(scheduler, clock)
+    assert len(stays.reply.result(0)) == len(comes.reply.result(0)) == 1
+
+
 def test_a_failing_call_answers_with_its_error_and_the_next_one_runs():
     scheduler, clock, engine = scheduler_of(max_wait_s=0)
     engine.fail_with = RuntimeError("broken")
@@ -306,7 +323,7 @@ def test_many_threads_submit_and_everyone_gets_their_own_answer():
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["push", "take", "cancel"]),
+        st.sampled_from(["push", "take", "cancel", "drop"]),
         st.integers(0, 2),
         st.lists(st.integers(1, 60), min_size=1, max_size=4),
     ),
@@ -324,6 +341,9 @@ def test_every_request_leaves_the_queue_exactly_once(steps):
             queue.push(work)
         elif step == "cancel" and pushed:
             pushed[number % len(pushed)].reply.cancel()
+        elif step == "drop":
+            queue.drop_cancelled()
+            assert not any(work.reply.cancelled() for _, _, work in queue._heap)
         else:
             parts = queue.take(sizes[0])
             total = sum(sum(part.work.costs[part.start : part.end]) for part in parts)

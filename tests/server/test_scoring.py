@@ -255,6 +255,21 @@ def test_what_is_refused_says_why(http, path, body, status):
     assert len(reply.text) < 1000
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        ({"documents": ["a", 5]}, "documents.1", "documents.1: "),
+        ({"documents": ["word " * 9000]}, None, "truncate"),
+        ({"documents": [{"title": "a", "text": "b"}], "rank_fields": ["title"]}, "rank_fields", "rank_fields"),
+    ],
+)
+def test_a_refusal_speaks_of_the_body(http, body, param, told):
+    error = http.post("/rerank", json={"query": "a", **body}).json()["error"]
+    assert error["param"] == param
+    assert told in error["message"]
+    assert "--" not in error["message"]
+
+
 def test_long_documents_are_cut_when_asked(make_service, tokenizer):
     service = make_service(FakeEngine(max_request=100, vocab_size=tokenizer.vocab_size))
     long = "word " * 900

@@ -31,6 +31,7 @@ from .tracing import NoTracer, Tracer
 
 _log = logging.getLogger("moe_prefill.server.access")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_BATCHES = re.compile(r"/v1/(files|batches)\b")
 _PAGE = Path(__file__).with_name("status.html")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -314,7 +315,12 @@ def _json(value: object) -> Answer:
 async def _not_ours(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    refused = Refused(error.status_code, "not_found" if error.status_code == 404 else "bad_method", str(error.detail))
+    if error.status_code == 404:
+        batches = "; files and batches need --data-dir" if _BATCHES.match(request.url.path) else ""
+        message = f"there is no {request.url.path[:80]} here{batches}; /openapi.json lists all paths"
+        refused = Refused(404, "not_found", message)
+    else:
+        refused = Refused(error.status_code, "bad_method", f"{request.method} is not what this path takes, see Allow")
     response = respond(refusal(refused), secrets.token_hex(16))
     for name, value in (error.headers or {}).items():
         response.headers[name] = value

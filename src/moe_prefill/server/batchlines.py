@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def read_chunks(path: Path, start: int, first_number: int, max_lines: int, max_b
 def parse_line(number: int, raw: bytes) -> Line:
     """Read {"custom_id", "method", "url", "body"}; what is wrong with it becomes its ``refused``."""
     try:
-        value = from_json(raw, allow_inf_nan=False)
+        value = from_json(raw.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         return _refused(number, None, bad_request("bad_json", f"line {number} is not valid JSON: {error}"))
     if not isinstance(value, dict):

@@ -51,8 +51,8 @@ def refuse_fields(body: dict[str, Any], refused: dict[str, tuple[object, ...]]) 
         ):
             raise bad_request(
                 "unsupported",
-                f"{name} is {str(value)[:60]!r}: this server scores prompts in one forward pass and generates at most "
-                f"one token; leave {name} out",
+                f"{name} is {str(value)[:60]!r}, which this server does not do: it scores prompts in one forward pass "
+                f"and generates at most one token; leave {name} out",
                 name,
             )
 

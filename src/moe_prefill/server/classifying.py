@@ -19,8 +19,8 @@ from ..errors import RowError
 from ..tasks import ClassifyConfig, config_from_mapping
 from ..tasks.common import label_scores
 from ..tasks.labels import Float64Array, LabelPlan, check_labels, plan_labels, softmax
-from .bodies import Body, Prompts, prompts_of, texts_of
-from .completions import chat_ids
+from .bodies import Body, Prompts, prompts_of, refuse_fields, texts_of
+from .completions import TEMPLATING, chat_ids
 from .context import Context, Plan, Results, good, usage
 from .refusals import bad_request
 
@@ -74,6 +74,8 @@ def classify(context: Context, raw: dict[str, Any]) -> Plan:
     body = ClassifyBody.model_validate(raw)
     if (body.input is None) == (body.messages is None):
         raise bad_request("bad_input", "exactly one of input and messages is needed", "input")
+    if body.messages is not None:
+        refuse_fields(raw, TEMPLATING)
     config = _config(context, body.labels)
     classes = _classes(context, config, body)
     raw_scores = bool(body.raw_scores) or body.use_activation is False

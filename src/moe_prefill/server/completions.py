@@ -28,7 +28,17 @@ from .bodies import Body, Ids, Prompts, prompts_of, refuse_fields
 from .context import Context, Plan, usage
 from .refusals import bad_request
 
+# How the model's chat template would be used in another way.
+TEMPLATING: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+}
 _GENERATION: dict[str, tuple[object, ...]] = {
+    **TEMPLATING,
     "stream": (False,),
     "n": (1,),
     "best_of": (1,),
@@ -41,21 +51,24 @@ _GENERATION: dict[str, tuple[object, ...]] = {
     "guided_regex": (),
     "guided_json": (),
     "guided_grammar": (),
-    "tools": ([],),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "structural_tag": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_hidden_states": (False,),
+    "lora_path": (),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
-    "chat_template": (),
-    "documents": ([],),
     "audio": (),
     "modalities": (["text"],),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}),
     "prompt_embeds": (),
     "frequency_penalty": (0, 0.0),
     "presence_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
-    "echo": (True, False),
 }
 
 
@@ -147,7 +160,7 @@ def completions(context: Context, raw: dict[str, Any]) -> Plan:
 
 def chat(context: Context, raw: dict[str, Any]) -> Plan:
     body = ChatBody.model_validate(raw)
-    refuse_fields(raw, _GENERATION)
+    refuse_fields(raw, {**_GENERATION, "echo": (False,)})
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     max_tokens = max_tokens_of(context, given, "max_tokens")
     if body.top_logprobs and not body.logprobs:

@@ -152,6 +152,17 @@ class FairQueue:
             self._pop(tag)
         return parts
 
+    def drop_cancelled(self) -> None:
+        """Take out what nobody waits for."""
+        gone = [work for _, _, work in self._heap if work.reply.cancelled()]
+        if not gone:
+            return
+        self._heap = [entry for entry in self._heap if not entry[2].reply.cancelled()]
+        heapq.heapify(self._heap)
+        for work in gone:
+            self._add(work.tenant, -sum(work.costs[work.given :]))
+        self._start_anew()
+
     def drain(self) -> list[Work]:
         """Take everything out, unanswered."""
         works = [work for _, _, work in sorted(self._heap, key=lambda entry: entry[:2])]
@@ -164,6 +175,9 @@ class FairQueue:
     def _pop(self, tag: float) -> None:
         heapq.heappop(self._heap)
         self._now = max(self._now, tag)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         if not self._heap:  # tags only compare those who wait
             self._next_tag.clear()
             self._now = 0.0

@@ -19,7 +19,7 @@ from ..core import PreparedRow
 from ..errors import RowError
 from ..tasks import RankConfig, Task
 from ..tasks.common import label_scores
-from .bodies import Body, Texts, texts_of
+from .bodies import Body, Texts, refuse_fields, texts_of
 from .context import Context, Plan, Results, good, usage
 from .refusals import bad_request
 
@@ -74,6 +74,7 @@ class PairsBody(Body):
 def rerank(context: Context, raw: dict[str, Any]) -> Plan:
     """vLLM's form, which holds what Cohere's and Jina's clients read."""
     body = RerankBody.model_validate(raw)
+    refuse_fields(raw, {"rank_fields": ([], ["text"])})
     documents = [_document(context, document, body.max_tokens_per_doc) for document in body.documents]
     top_n = _top_n(body.top_n)
 

@@ -272,26 +272,35 @@ class Scheduler:
         return running or self._clock() - self._asked_s < _QUIET_S
 
     def _check_room(self, work: Work) -> None:
+        """Raise 413 and 429. What nobody waits for any more takes no room from others."""
+        if self._refusal(work) is not None:
+            self._queues["interactive"].drop_cancelled()
+        refused = self._refusal(work)
+        if refused is not None:
+            raise refused
+
+    def _refusal(self, work: Work) -> Refused | None:
         queue, policy = self._queues["interactive"], self.policy
         if work.tokens > policy.max_queue_tokens:
-            raise Refused(
+            return Refused(
                 413,
                 "request_too_large",
                 f"the request has {work.tokens} tokens to compute and the whole queue holds {policy.max_queue_tokens}; "
                 "send it in parts, or raise --max-queue-tokens",
             )
         if len(queue) >= policy.max_queue_requests or queue.tokens + work.tokens > policy.max_queue_tokens:
-            raise overloaded(
+            return overloaded(
                 f"the queue is full: {len(queue)} requests of {policy.max_queue_requests} and {queue.tokens} tokens of "
                 f"{policy.max_queue_tokens} wait; try again after the time in Retry-After",
                 self.retry_after_s(),
             )
         mine = queue.tenant_tokens.get(work.tenant, 0)
         if mine and mine + work.tokens > policy.tenant_share * policy.max_queue_tokens:
-            raise overloaded(
+            return overloaded(
                 f"your requests fill your share of the queue ({mine} tokens); try again after the time in Retry-After",
                 self.retry_after_s(),
             )
+        return None
 
     def _fail(self) -> None:
         """The engine is gone for good: tell everyone who waits."""

@@ -88,7 +88,9 @@ def _plan(context: Context, body: ItemsBody, apply_softmax: bool, prompts: Seque
     labels = context.ids(body.label_token_ids, "label_token_ids")
     if not 1 <= len(labels) <= context.allow.max_label_ids:
         limit = context.allow.max_label_ids
-        raise bad_request("bad_labels", f"label_token_ids has {len(labels)} ids; from 1 to {limit} are allowed")
+        raise bad_request(
+            "bad_labels", f"label_token_ids has {len(labels)} ids; from 1 to {limit} are allowed", "label_token_ids"
+        )
     requests = [
         AtomicRequest.candidates(context.check_length(ids, f"items[{index}]"), labels, vocabulary=not apply_softmax)
         for index, ids in enumerate(prompts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import re
 import time
 import traceback
 from collections import Counter
@@ -26,6 +28,7 @@ from .scheduler import Lane, Scheduler
 
 _log = logging.getLogger(__name__)
 
+_FORM = re.compile(r"(str|bool|int)|(list|dict)\[.*\]")  # how pydantic names one of several forms of a field
 _SMALL_REPLY = 64  # numbers
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _TEI_TYPES = {413: "Validation", 429: "Overloaded", 503: "Unhealthy", 424: "Backend", 500: "Backend"}
@@ -205,7 +208,7 @@ def told(error: Exception) -> Refused:
     """As ``refusal_of``, and the first of what pydantic found. Its message never holds the value that was sent."""
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, itertools.takewhile(lambda part: not _FORM.fullmatch(str(part)), first["loc"])))
         return bad_request("bad_field", f"{where}: {first['msg']}" if where else first["msg"], where or None)
     return refusal_of(error)
 

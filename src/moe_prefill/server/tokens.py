@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from .bodies import Body, Ids
-from .completions import chat_ids
+from .bodies import Body, Ids, refuse_fields
+from .completions import TEMPLATING, chat_ids
 from .context import Context, Plan
 from .refusals import bad_request
 
@@ -30,6 +30,7 @@ def tokenize(context: Context, raw: dict[str, Any]) -> Plan:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("bad_prompt", "exactly one of prompt and messages is needed", "prompt")
     if body.messages is not None:
+        refuse_fields(raw, TEMPLATING)
         ids = chat_ids(context, body.messages).tolist()
     else:
         ids = context.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens).tolist()
