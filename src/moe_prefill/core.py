@@ -298,7 +298,7 @@ class Column:
     """One column that a task adds to the table; ``kind`` is the type of its values, all of them nullable."""
 
     name: str
-    kind: Literal["string", "float", "int", "bool", "float_map", "strings", "floats", "json"]
+    kind: Literal["string", "float", "int", "bool", "float_map", "strings", "floats", "ints", "float_lists", "json"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class RankTask(CandidateTask):
     outputs = (
         Column(name="ranking", kind="strings"),
         Column(name="ranking_scores", kind="floats"),
-        Column(name="ranking_indices", kind="json"),
+        Column(name="ranking_indices", kind="ints"),
     )
 
     def __init__(

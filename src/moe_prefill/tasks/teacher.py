@@ -22,7 +22,7 @@ _NEXT = (
     Column(name="num_tokens", kind="int"),
     Column(name="token_logprobs", kind="floats"),
 )
-_GIVEN = (Column(name="candidate_logprobs", kind="json"),)
+_GIVEN = (Column(name="candidate_logprobs", kind="float_lists"),)
 _TOP = (Column(name="top_logprobs", kind="json"),)
 _GREEDY = (Column(name="is_greedy", kind="bool"),)
 

@@ -131,6 +131,8 @@ def _arrow_type(column: Column) -> pa.DataType:
         "float_map": pa.map_(pa.string(), pa.float64()),
         "strings": pa.list_(pa.string()),
         "floats": pa.list_(pa.float64()),
+        "ints": pa.list_(pa.int64()),
+        "float_lists": pa.list_(pa.list_(pa.float64())),
         "json": pa.string(),
     }[column.kind]
 
