@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -214,6 +215,21 @@ def test_the_openai_client_uploads_runs_and_downloads(tmp_path, make_service):
 
     asyncio.run(go())
     assert not (tmp_path / "in.jsonl").exists()
+
+
+def test_the_description_names_every_parameter_of_every_path(tmp_path, make_service):
+    async def go():
+        async with served(tmp_path / "data", make_service()) as http:
+            return (await http.get("/openapi.json")).json()["paths"]
+
+    paths = asyncio.run(go())
+    assert "/v1/files/{file_id}/content" in paths
+    for path, operations in paths.items():
+        for operation in operations.values():
+            told = [one["name"] for one in operation.get("parameters", []) if one["in"] == "path"]
+            assert told == re.findall(r"{(\w+)}", path), path
+    ids = [operation["operationId"] for operations in paths.values() for operation in operations.values()]
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize(

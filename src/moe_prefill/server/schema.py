@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,9 @@ def describe(app: FastAPI, endpoints: Sequence[Endpoint]) -> None:
             schemas["Error"] = _ERROR
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{}, {"key": []}]
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    _add_path_parameters(path, operation)
             for endpoint in endpoints:
                 for path in endpoint.paths:
                     document["paths"][path] = {"post": _operation(path, endpoint, schemas)}
@@ -67,6 +71,16 @@ def describe(app: FastAPI, endpoints: Sequence[Endpoint]) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_path_parameters(path: str, operation: dict[str, Any]) -> None:
+    """Those that a route reads from the path without naming them as arguments."""
+    named = operation.setdefault("parameters", [])
+    known = {parameter["name"] for parameter in named}
+    schema = {"type": "string"}
+    for name in re.findall(r"{(\w+)}", path):
+        if name not in known:
+            named.append({"name": name, "in": "path", "required": True, "schema": schema})
 
 
 def _operation(path: str, endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
