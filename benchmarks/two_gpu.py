@@ -15,9 +15,10 @@ against NCCL, in large sweeps and in sweeps of T); ``scaling``; ``envelope`` (a 
 whole one, on one GPU and on all; needs 182 GiB of host memory); ``aggregated`` (dp+ep as a job and under vLLM's
 balancer, asyncep under that and under our frontend, PrefillOnly's scheduler over dp+ep and pp+pp); ``pulls``.
 
-Everything at once takes hours. These calls take four to eight minutes each by prediction (``predicted_call_s`` in the
+Everything at once takes hours. These calls take three to eight minutes each by prediction (``predicted_call_s`` in the
 file of predictions says what each should take, and each prints it); the most important first. The results file keeps
-the cells of other calls and is written behind every strategy, so a call that is cut off loses one.
+the cells of other calls and is written behind every strategy, so a call that is cut off loses one. Calls with ``vllm``
+need ``--peer-site FOLDER``, where vLLM is not in this environment. A ratio is always one of the same call.
 
     P="python benchmarks/two_gpu.py --search 1" Q="--model Qwen3-235B-A22B --quantization fp8 --run-tokens 65536"
     S="--strategies asyncep --residencies sharded --skews 1" B="--skews 1 --residencies sharded --estimated"

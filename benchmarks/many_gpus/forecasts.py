@@ -198,11 +198,11 @@ class Forecaster:
 
 def with_ratios(cells: list[dict[str, Any]], rate: str, ratio: str) -> list[dict[str, Any]]:
     """``ratio``: asyncep's ``rate`` over the cell's, where banks are sharded and the frontend, if any, is ours; same
-    GPUs, skew and length.
+    GPUs, skew, length and call. What an earlier call said of its cells stays.
     """
 
     def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(cell.get(name) for name in ("part", "gpus", "layers", "dummy_skew", "tokens", "model"))
+        return tuple(cell.get(name) for name in ("part", "gpus", "layers", "dummy_skew", "tokens", "model", "command"))
 
     def is_ours(cell: dict[str, Any]) -> bool:
         kind = tuple(cell.get(name) for name in ("strategy", "residency", "transport"))

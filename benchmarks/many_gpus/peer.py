@@ -93,7 +93,8 @@ def measured(
 
 def with_peers(cells: Sequence[dict[str, Any]], peer_rate: str, rate: str, ratio: str) -> list[dict[str, Any]]:
     """Beside each figure of a peer ours, the ratio, and whether it is the best of the peer's strategies. ``peer_rate``,
-    ``rate``, ``ratio``: names of keys. Ours are asyncep's cells of sharded banks, balanced experts, copy engines.
+    ``rate``, ``ratio``: names of keys. Ours are asyncep's cells of sharded banks, balanced experts and copy engines,
+    of the same call.
     """
 
     def key(cell: dict[str, Any]) -> tuple[Any, ...]:
@@ -103,14 +104,14 @@ def with_peers(cells: Sequence[dict[str, Any]], peer_rate: str, rate: str, ratio
         kind = (cell.get("part"), cell.get("strategy"), cell.get("residency"), cell.get("transport"))
         return kind == ("strategies", ASYNCEP, "sharded", "copy-engine") and cell.get("dummy_skew") == 1.0
 
-    ours = {key(cell): cell for cell in cells if is_ours(cell) and rate in cell}
+    ours = {(cell["command"], *key(cell)): cell for cell in cells if is_ours(cell) and rate in cell}
     best: dict[tuple[Any, ...], float] = {}
     for cell in cells:
         if peer_rate in cell:
             best[key(cell)] = max(cell[peer_rate], best.get(key(cell), 0.0))
     found = []
     for cell in cells:
-        mine = ours.get(key(cell), {})
+        mine = ours.get((cell["command"], *key(cell)), {})
         if peer_rate in cell:
             more = {name: mine[name] for name in (rate, rate.replace("tokens_per_s", "mfu")) if name in mine}
             more |= {ratio: mine[rate] / cell[peer_rate]} if mine else {}

@@ -88,11 +88,11 @@ def test_the_aggregated_workload_in_tiers(model, tmp_path):
     out = tmp_path / "out.json"
     head = {"gpu": "cpu", "date": "2026-01-01", "git": "0", "torch": "2", "command": "x"}
     kept = {"part": "strategies", "strategy": "dp+ep", "gpus": 8, "tokens": 256, "dummy_skew": 1.0, "tokens_per_s": 1.0}
-    kept |= {"model": "m", "precision": "fp8"}
+    kept |= {"model": "m", "precision": "fp8", "command": "x", "ratio": 1.5}
     out.write_text(json.dumps({**head, "cells": [kept]}))
     report = run("two_gpu", out, *small(model, "aggregated", "--least-runs", "1"))
     first, *cells = report["cells"]
-    assert (first["gpus"], first["git"]) == (8, "0")
+    assert (first["gpus"], first["git"], first["command"], first["ratio"]) == (8, "0", "x", 1.5)
     tiers = [(cell["strategy"], cell.get("policy"), cell.get("frontend")) for cell in cells]
     assert tiers == [
         ("dp+ep", None, None),
