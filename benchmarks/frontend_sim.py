@@ -63,7 +63,7 @@ ABLATED_MIXES = ("aggregated", "low", "hot-prefix", "hot-few", "bursts")
 
 def main() -> None:
     options = _options()
-    profile = load_profile(options.profile) if options.profile else estimated_profile(GPU)
+    profile = _with_links(load_profile(options.profile)) if options.profile else estimated_profile(GPU)
     spec = replace(spec_from_hf(preset(MODEL)), max_positions=CONTEXT)
     report: dict[str, Any] = {
         "gpu": profile.gpu,
@@ -175,9 +175,14 @@ def _machine(spec: ModelSpec, profile: MachineProfile, workers: int, kv_gib: flo
     return _machines[ranks, kv_gib]
 
 
+def _with_links(profile: MachineProfile) -> MachineProfile:
+    """The profile, with estimated rates of the links that one GPU alone could not measure."""
+    return replace(profile, transfers={**estimated_profile(profile.gpu).transfers, **profile.transfers})
+
+
 def _named(profile: MachineProfile) -> dict[str, Any]:
-    """Which profile this is: whose shapes were measured, on what, when and how."""
-    keys = ("gpu", "driver", "torch", "date", "command", "model", "is_estimated")
+    """Which profile this is: whose shapes were measured, on what, when and how; with the links' rates in bytes/s."""
+    keys = ("gpu", "driver", "torch", "date", "command", "model", "is_estimated", "transfers")
     return {key: getattr(profile, key) for key in keys}
 
 

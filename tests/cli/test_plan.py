@@ -27,7 +27,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 def test_the_large_model_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, *BIG, "--hbm-gib", "139", "--host-gib", "128", "--tokens-per-request", "4096")
-    assert found["residency"].count("O") == pytest.approx(42, abs=3)
+    assert found["residency"].count("O") == pytest.approx(49, abs=3)  # for larger chunks
     assert found["peak_device_bytes"] == sum(found["device_bytes"].values()) <= 139 * GIB
     assert 93 * GIB <= found["host_bytes"]["pinned banks"] <= found["peak_host_bytes"] <= 128 * GIB
     assert found["sweep_tokens"] >= 65536

@@ -151,3 +151,44 @@ def test_a_remedy_keeps_to_the_budget_and_is_never_predicted_to_be_slower(
         assert after.longest_request == before.longest_request
         assert not pinned or after.levels == before.levels
         assert tokens in (None, after.sweep.max_sweep_tokens)
+
+
+# Larger chunks for banks.
+
+
+@pytest.mark.parametrize(("host_gib", "rows"), [(112, 32768), (128, 65536), (101, 16384)])
+def test_banks_that_stream_anyway_make_room_for_larger_chunks(host_gib, rows):
+    """Qwen3-235B-A22B on one H200: the host's memory decides how many banks can leave the device."""
+    spec = spec_from_hf(preset("Qwen3-235B-A22B"))
+    config = EngineConfig(model="m", quantization="fp8", max_sweep_tokens=65536)
+    budget = Budget(device_bytes=139 * GIB, host_bytes=host_gib * GIB)
+    profile = estimated_profile("NVIDIA H200")
+    plan = plan_for(config, spec, budget, dtype="bfloat16", profile=profile)
+    ruled = plan_for(config, spec, budget, dtype="bfloat16")
+    assert plan.sweep.chunk_rows == rows
+    assert plan.count("resident") <= ruled.count("resident")
+    predict = predictions(spec, profile, bank_dtype="float8_e4m3fn")
+    (mine, exposed), (theirs, _) = forecast(predict, plan), forecast(predict, ruled)
+    assert exposed <= MOST_EXPOSED
+    assert mine >= (1.01 * theirs if rows > 16384 else theirs)
+
+
+def test_no_bank_leaves_the_device_for_chunks_where_all_fit_or_levels_or_chunks_are_given():
+    spec = spec_from_hf(preset("Qwen3-235B-A22B"))
+    budget = Budget(device_bytes=139 * GIB, host_bytes=128 * GIB)
+    profile = estimated_profile("NVIDIA H200")
+    config = EngineConfig(model="m", quantization="fp8", max_sweep_tokens=65536)
+    for given_rows in (4096, 16384):
+        rows = replace(config, chunk_rows=given_rows)
+        assert plan_for(rows, spec, budget, dtype="bfloat16", profile=profile).sweep.chunk_rows == given_rows
+    pinned = replace(config, residency="resident:49,offloaded:45")
+    assert plan_for(pinned, spec, budget, dtype="bfloat16", profile=profile).count("resident") == 49
+    small = shortened(48)
+    for gib in range(60, 80, 2):
+        plan = plan_for(
+            EngineConfig(model="m"), small, replace(budget, device_bytes=gib * GIB), dtype="bfloat16", profile=profile
+        )
+        ruled = plan_for(EngineConfig(model="m"), small, replace(budget, device_bytes=gib * GIB), dtype="bfloat16")
+        assert plan.count("resident") == ruled.count("resident") or plan.count("offloaded") > 0
+        if ruled.count("resident") == 48:
+            assert plan.count("resident") == 48

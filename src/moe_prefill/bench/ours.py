@@ -93,19 +93,24 @@ def _one_sweep(engine: LocalEngine, requests: list[AtomicRequest]) -> list[Atomi
 
 
 def _timed_sweeps(engine: LocalEngine, requests: Sequence[AtomicRequest], seconds: float) -> Timing:
-    """Sweeps one behind the other, each planned while the one before it runs, as in a job."""
+    """Sweeps one behind the other, each planned while the one before it runs, as in a job.
+
+    A sweep's answers are read when the next one is enqueued, which waits where the device's queue is full. The last
+    one's come sooner, so one more is run than is timed.
+    """
     timing = Timing(seconds)
 
     def sweeps() -> Iterator[Sequence[AtomicRequest]]:
         launched = 0
-        while timing.goal is None or launched < timing.goal:
+        while timing.goal is None or launched <= timing.goal:
             yield requests
             launched += 1
 
     last = time.perf_counter()
     for _ in engine.compute(sweeps()):
         now = time.perf_counter()
-        timing.add(now - last)
+        if not timing.is_done:
+            timing.add(now - last)
         last = now
     return timing
 
@@ -123,7 +128,8 @@ def _timed_calls(engine: ScoringEngine, requests: Sequence[AtomicRequest], secon
 def _fields(
     job: Job, cell: Cell, requests: Sequence[AtomicRequest], timing: Timing, engine: ScoringEngine, done: Any
 ) -> dict[str, Any]:
-    runs, tokens = len(timing.runs), sum(len(request.tokens) for request in requests)
+    tokens = sum(len(request.tokens) for request in requests)
+    flops = done.flops / (done.requests / len(requests))
     peak = engine.peak_flops
     found = {
         "model": job.name,
@@ -135,7 +141,7 @@ def _fields(
         "strategy": job.config.strategy,
         "prune_last": job.config.prune_last,
         "tokens_per_s": tokens / timing.median,
-        "mfu": done.flops / runs / timing.median / peak if peak else None,
+        "mfu": flops / timing.median / peak if peak else None,
         "sweep_ms": 1e3 * timing.median,
         "first_sweep_ms": 1e3 * timing.first,
         "chunk_rows": engine.limits.chunk_rows,

@@ -6,7 +6,8 @@ is large enough; streamed layers are spread over depth. How large is enough: wha
 speed is known, the size whose levels are predicted to give the most tokens/s; else 65,536 tokens (16,384 on a CPU), or
 down to a quarter, with chunks of a quarter, where all banks so become resident, or need no host, or fit at all. Where
 no such sweep fits, the same order goes through smaller ones. A sweep grows into memory that no further bank can use,
-and then its chunks do.
+and then its chunks do. Where banks stream anyway and sweeps can be predicted, resident ones make room for larger chunks
+that gain more than streaming their banks costs.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ UNBOUNDED = 1 << 60  # bytes of host memory where no limit is given
 # Of host memory beside pinned banks, for the process and its tables; a sixteenth where there is little.
 _HOST_RESERVE = 8 * GIB
 _SAME_SPEED = 0.995
+_WORTH_BANKS = 1.01  # so much faster must larger chunks be: what streaming takes of the memory's time is not predicted
 
 
 def plan_residency(
@@ -234,6 +236,18 @@ class _Planner:
             candidate = replace(candidate, tokens=grown(self.budget.kind, candidate.tokens, self._room(candidate)))
         return self._with_larger_chunks(candidate)
 
+    def _with_chunks_for_banks(self, chosen: _Candidate, grow: bool) -> _Candidate:
+        """The chosen plan, or one of fewer resident banks and larger chunks that is predicted to be faster."""
+        best = self._finished(chosen, grow)
+        fixed = self.pinned is not None or self.pins.chunk_rows is not None
+        if self.predict is None or fixed or not num_streamed(best.levels):
+            return chosen
+        for rows in larger_chunks(self.budget.kind, best.tokens, best.chunk_rows):
+            each = self._best_levels((best.tokens, rows))
+            if each is not None and self._rate(each) >= _WORTH_BANKS * self._rate(best):
+                best = each
+        return best
+
     def _remedied(self, chosen: _Candidate, grow: bool) -> tuple[_Candidate, str | None]:
         """The chosen plan, or what hides its banks by the remedy of the least memory, where the sweep is predicted to
         wait too long; and why. It shortens no request.
@@ -270,6 +284,10 @@ class _Planner:
         assert self.predict is not None
         return self.predict(candidate.levels, candidate.tokens, candidate.chunk_rows, candidate.buffers)
 
+    def _rate(self, candidate: _Candidate) -> float:
+        """Predicted tokens/s."""
+        return candidate.tokens / self._forecast(candidate).sweep_s
+
     def _cost(self, candidate: _Candidate) -> tuple[int, int]:
         """Bytes of the banks: on the device, then on the host."""
         return sum(self._banks(candidate).values()), sum(self._host_bytes(candidate.levels).values())
@@ -287,7 +305,7 @@ class _Planner:
                 yield fitting
 
     def _plan(self, chosen: _Candidate, *, grow: bool = True) -> ResidencyPlan:
-        chosen, remedy = self._remedied(chosen, grow)
+        chosen, remedy = self._remedied(self._with_chunks_for_banks(chosen, grow), grow)
         sweep = memory_plan(self.spec, self.element, chosen.tokens, chosen.chunk_rows)
         least, depth = self.sizes[-1][1], chosen.depth
         streamed = self._leanest((1, least))
