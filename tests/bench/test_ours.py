@@ -1,13 +1,19 @@
 import json
+import os
+import sys
+import time
 
 import pytest
 
 from moe_prefill.bench import CATEGORIES, Job, compared, figure, run_ours, run_side, save_report
 from moe_prefill.bench.job import long_enough, raw_config
+from moe_prefill.bench.ours import timed_sweeps
+from moe_prefill.bench.peers import run_until_found
 from moe_prefill.cli import main
 from moe_prefill.config import EngineConfig
 from moe_prefill.errors import OutputError, UsageError, WorkerError
 from tests.checkpoint.float8_models import save
+from tests.workers.helpers import is_alive, wait_for
 
 HEAD = {"gpu": "cpu", "date": "2026-01-01", "command": "x", "git": "0", "torch": "2"}
 
@@ -129,3 +135,35 @@ def test_the_command_prints_and_saves(tiny_model, tmp_path, capsys):
 def test_mistakes_are_told_before_work(tiny_model, capsys, flags, message):
     assert main(["bench", tiny_model, "--load-format", "dummy", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_side_that_hangs_behind_its_figures_is_ended_with_all_it_started(tmp_path):
+    found = tmp_path / "cells.json"
+    program = (
+        "import subprocess, sys, time; child = subprocess.Popen(['sleep', '1000'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid)); open({str(found)!r}, 'w').write('[]')\n"
+        "time.sleep(1000)"
+    )
+    assert run_until_found([sys.executable, "-c", program], os.environ, found, grace_s=0.5) == 0
+    child = int((tmp_path / "child").read_text())
+    assert wait_for(lambda: not is_alive(child))
+    assert run_until_found([sys.executable, "-c", "raise SystemExit(3)"], os.environ, tmp_path / "none") == 3
+
+
+def test_the_last_sweep_whose_answers_come_at_once_is_not_timed(monkeypatch):
+    """A device with a full queue: the answers of a sweep are read when the next one is in it, 10 s later."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class FullQueue:
+        def compute(self, sweeps):
+            waiting = 0
+            for _ in sweeps:
+                if waiting:
+                    now[0] += 10
+                    yield None
+                waiting = 1
+            yield None
+
+    timing = timed_sweeps(FullQueue(), [], 0.0)
+    assert timing.timed == [10.0, 10.0]

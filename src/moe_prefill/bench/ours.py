@@ -68,7 +68,7 @@ def _local(engine: LocalEngine, cell: Cell, requests: list[AtomicRequest], job: 
         torch.cuda.reset_peak_memory_stats()
     before = engine.stats + type(engine.stats)()  # a copy: the engine counts on in the same object
     engine.transfers.clear()
-    timing = _timed_sweeps(engine, requests, job.seconds)
+    timing = timed_sweeps(engine, requests, job.seconds)
     found = _fields(job, cell, requests, timing, engine, engine.stats - before)
     found |= _memory(engine) | _exposed(engine) | _predicted(engine, requests, job)
     load = _load_max_over_mean(engine, requests)
@@ -92,7 +92,7 @@ def _one_sweep(engine: LocalEngine, requests: list[AtomicRequest]) -> list[Atomi
     return [requests[index] for index in first]
 
 
-def _timed_sweeps(engine: LocalEngine, requests: Sequence[AtomicRequest], seconds: float) -> Timing:
+def timed_sweeps(engine: LocalEngine, requests: Sequence[AtomicRequest], seconds: float) -> Timing:
     """Sweeps one behind the other, each planned while the one before it runs, as in a job.
 
     A sweep's answers are read when the next one is enqueued, which waits where the device's queue is full. The last

@@ -4,12 +4,14 @@ when the next one starts.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,15 +44,30 @@ def run_side(side: str, job: Job, *, site: str | None = None) -> list[dict[str, 
         given, found = Path(folder) / "job.json", Path(folder) / "cells.json"
         job.save(given)
         paths = [*([site] if site else []), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ended = subprocess.run(
-            [sys.executable, "-m", f"moe_prefill.bench.sides.{side}", str(given), str(found)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            check=False,
-        )
-        if ended.returncode or not found.exists():
-            raise WorkerError(f"the process of {side} ended with code {ended.returncode}; its messages are above")
+        command = [sys.executable, "-m", f"moe_prefill.bench.sides.{side}", str(given), str(found)]
+        code = run_until_found(command, os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, found)
+        if code or not found.exists():
+            raise WorkerError(f"the process of {side} ended with code {code}; its messages are above")
         cells: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
     return cells
+
+
+def run_until_found(command: Sequence[str], env: Mapping[str, str], found: Path, grace_s: float = 30.0) -> int:
+    """The exit code of a process, which is ended with all that it started once its file is there and it has had
+    ``grace_s`` to end by itself: engines have been seen to hang in their own shutdown, behind all measurements.
+    """
+    with subprocess.Popen(command, env=env, start_new_session=True) as process:
+        try:
+            while True:
+                is_found = found.exists()
+                try:
+                    return process.wait(grace_s)
+                except subprocess.TimeoutExpired:
+                    if is_found:
+                        return 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def compared(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

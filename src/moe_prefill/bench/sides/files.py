@@ -20,7 +20,9 @@ def run(work: Callable[[Job], Sequence[dict[str, Any]]]) -> None:
     except MoePrefillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    found.write_text(json.dumps(list(cells)), encoding="utf-8")
+    partial = found.with_suffix(".partial")
+    partial.write_text(json.dumps(list(cells)), encoding="utf-8")
+    partial.rename(found)  # who waits for the file finds it whole
 
 
 def tell(cell: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ several GPUs need more of. DeepGEMM's kernels are compiled by the warm-up, not b
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import time
@@ -50,21 +51,23 @@ def measure(job: Job) -> list[dict[str, Any]]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     best: dict[int, dict[str, Any]] = {}
-    cells = job.parsed
+    cells, engine = job.parsed, None
     with TemporaryDirectory(prefix="moe-prefill-vllm-") as folder:
         vocab = _write_config(job, Path(folder), max(cell.tokens for cell in cells))
-        for caching in (False, True):
+        for caching, budget in itertools.product((False, True), job.settings.get("batched_tokens", BATCHED_TOKENS)):
             chosen = [index for index, cell in enumerate(cells) if cell.shares == caching]
-            for budget in job.settings.get("batched_tokens", BATCHED_TOKENS) if chosen else ():
-                engine, settings = _engine(job, folder, budget, caching, max(cells[i].tokens for i in chosen))
-                for index in chosen:
-                    found = _cell(engine, cells[index], job, vocab) | {"peer_settings": settings}
-                    tell(found)
-                    kept = best.get(index)
-                    if kept is None or found["peer_tokens_per_s"] > kept["peer_tokens_per_s"]:
-                        best[index] = found
+            if not chosen:
+                continue
+            if engine is not None:  # the last one ends with this process: its figures are handed in before
                 _close(engine)
-                del engine
+                engine = None
+            engine, settings = _engine(job, folder, budget, caching, max(cells[i].tokens for i in chosen))
+            for index in chosen:
+                found = _cell(engine, cells[index], job, vocab) | {"peer_settings": settings}
+                tell(found)
+                kept = best.get(index)
+                if kept is None or found["peer_tokens_per_s"] > kept["peer_tokens_per_s"]:
+                    best[index] = found
     return [best[index] for index in range(len(cells))]
 
 
