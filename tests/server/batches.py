@@ -13,6 +13,8 @@ from moe_prefill.server.batchrunner import BatchRunner
 from moe_prefill.server.metrics import Metrics
 from moe_prefill.server.store import Store
 
+from .helpers import FakeEngine
+
 
 def line(custom_id, body=None, url="/v1/completions"):
     body = {"prompt": f"Number {custom_id}", "max_tokens": 1, "logprobs": 1} if body is None else body
@@ -56,3 +58,19 @@ async def ended(client, batch_id):
 async def start(client, lines, endpoint="/v1/completions"):
     upload = await client.files.create(file=("../../in.jsonl", "\n".join(lines).encode()), purpose="batch")
     return await client.batches.create(input_file_id=upload.id, endpoint=endpoint, completion_window="24h")
+
+
+class Stopped(Exception):
+    """The run ends here, as by a kill."""
+
+
+class StoppingEngine(FakeEngine):
+    def __init__(self, calls, **settings):
+        super().__init__(**settings)
+        self.left = calls
+
+    def score(self, requests):
+        if self.left == 0:
+            raise Stopped
+        self.left -= 1
+        return super().score(requests)
