@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import types
@@ -16,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
 from fakes import FakeEngine
 
+from moe_prefill.cli import main
+
+TEXTS = ["first", "second, with comma", "", "last"]
 CHAT = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
 
 
@@ -52,3 +56,19 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     use()
     return use
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "in.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "text", "gold"], *([i, t, "ham"] for i, t in enumerate(TEXTS))])
+    return path
+
+
+@pytest.fixture
+def classify(table: Path, model: Path, tmp_path: Path, engine: Callable[..., None]) -> Callable[..., int]:
+    def run(*more: str, source: str | Path = table, output: str | Path = tmp_path / "out.jsonl") -> int:
+        return main(["classify", str(source), "--model", str(model), "--labels", "ham,spam", "-o", str(output), *more])
+
+    return run
