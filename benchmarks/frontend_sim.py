@@ -1,12 +1,15 @@
 """Routing policies in virtual time: Qwen3-235B-A22B, FP8 experts, H200s, on the paper's aggregated workload and mixes.
 
-    python benchmarks/frontend_sim.py --out benchmarks/results/frontend_sim.json  # about 20 minutes of one core
+    python benchmarks/frontend_sim.py --out benchmarks/results/frontend_sim.json  # about 28 minutes of one core
     python benchmarks/frontend_sim.py --scale 0.02 --workers 2 8 --out /tmp/small.json
 
 The router, its tables and the forming of sweeps are the real ones; workers take the time that the cost model predicts
 from a machine profile (``--profile``, or rates estimated from the datasheet). Every policy gets the same sweeps, the
-same KV pool and the same memory bound. Also measured, in processor seconds of this machine: hashing and routing of the
-whole workload by one process; and the memory of the tables. The results file is written after every cell.
+same KV pool and the same memory bound. ``returning`` is the questions about passages, in six parts, each when the one
+before is answered: there a pool is of use. Time between parts does not count.
+
+Also measured, in processor seconds of this machine: hashing and routing of the whole workload by one process; and the
+memory of the tables. The results file is written after every cell.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_prefill.blocks import BlockHasher
 from moe_prefill.core import ModelSpec
@@ -58,7 +63,9 @@ WITHOUT = {
     "together": {"together": 0},
     "spill": {"spill": False},
 }
-ABLATED_MIXES = ("aggregated", "low", "hot-prefix", "hot-few", "bursts")
+RETURNING, PARTS = "returning", 6
+APART_S = 1e6
+ABLATED_MIXES = ("aggregated", "low", "hot-prefix", "hot-few", "bursts", RETURNING)
 
 
 def main() -> None:
@@ -83,9 +90,7 @@ def main() -> None:
         cells = [cell for cell in kept.pop("cells") if cell["mix"] not in options.mixes]
         report = {**kept, "command_of_others": kept["command"], **report}
     for mix in options.mixes:
-        workload = make_workload(
-            mix, seed=options.seed, scale=options.scale, interval_s=BURST_INTERVAL_S * options.scale
-        )
+        workload = _workload(mix, options)
         tickets, hash_s = _hashed(workload, spec)
         oracle = oracle_saved_tokens(tickets) / workload.num_tokens
         if mix == "aggregated":
@@ -103,6 +108,7 @@ def main() -> None:
                     "policy": name,
                     "kv_gib": kv_gib,
                     **_measured(outcome),
+                    **(_in_parts(outcome, tickets) if mix == RETURNING else {}),
                     "oracle_fraction": round(oracle, 5),
                     "simulated_in_s": round(time.perf_counter() - begun, 1),
                 }
@@ -121,7 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the workload; policies were tuned on 1 and 2")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
+    parser.add_argument("--mixes", nargs="+", default=[*MIXES, RETURNING], choices=[*MIXES, RETURNING])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--kv-gib", type=float, nargs="+", default=[12, 0])
     parser.add_argument("--keep", action="store_true", help="cells of other mixes that the file has stay in it")
@@ -130,21 +136,49 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _workload(mix: str, options: argparse.Namespace) -> Workload:
+    if mix != RETURNING:
+        return make_workload(mix, seed=options.seed, scale=options.scale, interval_s=BURST_INTERVAL_S * options.scale)
+    high = make_workload("high", seed=options.seed, scale=options.scale)
+    passages = [index for index, source in enumerate(high.sources) if source == "quality"]
+    kept = [index for part in range(PARTS) for index in passages[part::PARTS]]
+    return replace(
+        high,
+        name=RETURNING,
+        requests=[high.requests[index] for index in kept],
+        sources=["quality"] * len(kept),
+        arrival_s=np.repeat(APART_S * np.arange(PARTS), [len(passages[part::PARTS]) for part in range(PARTS)]),
+    )
+
+
+def _in_parts(outcome: Outcome, tickets: list[Ticket]) -> dict[str, float]:
+    """Speed and seconds without the time between one part's last answer and the next part."""
+    last = [0.0] * PARTS
+    for ticket, latency_s in zip(tickets, outcome.latency_s, strict=True):
+        part = round(ticket.arrival_s / APART_S)
+        last[part] = max(last[part], float(latency_s))
+    return {
+        "tokens_per_s": round(sum(ticket.num_tokens for ticket in tickets) / sum(last)),
+        "makespan_s": round(sum(last), 2),
+    }
+
+
 def _runs(mix: str, options: argparse.Namespace) -> Iterator[tuple[int, float, str, Callable[[Machine], Policy]]]:
     """Workers, GiB of KV, the policy's name and how to make it: all policies at 8 workers, the aggregated mix at every
-    number of workers, bursts at 2 and 4, both at every pool size, and ours without each of its extensions.
+    number of workers, bursts and returning prefixes at 2 and 4, all three at every pool size, and ours without each of
+    its extensions.
     """
     sizes = [(8, options.kv_gib[0])] if 8 in options.workers else []
-    if mix in ("aggregated", "bursts"):
+    if mix in ("aggregated", "bursts", RETURNING):
         sizes += [(8, kv_gib) for kv_gib in options.kv_gib[1:]]
     if mix == "aggregated":
         sizes += [(workers, options.kv_gib[0]) for workers in options.workers if workers != 8]
-    elif mix == "bursts":  # on fewer workers they come faster than they are computed
+    elif mix in ("bursts", RETURNING):  # on fewer workers they come faster than they are computed, or pools are smaller
         sizes += [(workers, options.kv_gib[0]) for workers in options.workers if workers in (2, 4)]
     for workers, kv_gib in sizes:
         for name in options.policies:
             yield workers, kv_gib, name, lambda m, name=name: make_policy(name, m.costs, m.limits)  # type: ignore[misc]
-    ablated = [8, 2] if mix == "bursts" else [8]
+    ablated = [8, 2] if mix in ("bursts", RETURNING) else [8]
     if mix in ABLATED_MIXES and "ours" in options.policies:
         for workers, (name, off) in itertools.product([w for w in ablated if w in options.workers], WITHOUT.items()):
             extensions = Extensions(**off)  # type: ignore[arg-type]
