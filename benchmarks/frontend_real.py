@@ -1,15 +1,15 @@
 """The frontend over real workers, beside what the simulator says: its gain, and that of the pool of prefixes.
 
-    python benchmarks/frontend_real.py  # two CPU workers, the demo model: about 10 minutes of two quiet cores
+    python benchmarks/frontend_real.py  # two CPU workers, the demo model: about 15 minutes of two quiet cores
     python benchmarks/frontend_real.py --scale 0.002 --repeats 1 --policies ours --out /tmp/small.json
     python benchmarks/frontend_real.py --device cuda --gpus 2 --model Qwen3-30B-A3B --scale 0.3 --sweep-tokens 65536
 
 The machine's rates are measured first (``--profile`` takes earlier ones): on a CPU in as many processes at once as
 there will be workers, with as many threads each, since they share its memory. A measured figure is the median of
-``--repeats`` runs after one to warm up (products of a new shape are compiled first); ``ratio`` is simulated over
-measured, and the simulator gets the machine that the frontend believes in. ``pace``: what the last sweeps of the
-warm-up took over what was predicted of them; ``ratio_at_pace`` is the ratio with the prediction corrected by it, as the
-frontend corrects its own.
+``--repeats`` runs after some to warm up, until two agree within 5% (products of a new shape are compiled first, on a
+GPU for up to a minute); ``ratio`` is simulated over measured, and the simulator gets the machine that the frontend
+believes in. ``pace``: what the last sweeps of the warm-up took over what was predicted of them; ``ratio_at_pace`` is
+the ratio with the prediction corrected by it, as the frontend corrects its own.
 
 Cells of the kind ``policy``: the aggregated workload, all at once, by each policy with the same sweeps. Cells of the
 kind ``pool``: questions about long passages, handed in in ``parts``, each when the one before is answered, so that
@@ -48,6 +48,7 @@ from moe_prefill.workers import RoutedEngine, Routing
 from moe_prefill.workloads import MIXES, Workload, make_workload
 
 DEMO = "examples/demo_model/checkpoint"
+MOST_WARM_UPS, AGREE = 4, 0.05
 
 
 def main() -> None:
@@ -149,7 +150,7 @@ def _cell(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         limits = engine.limits
         workload = run.workload.fitted(limits.max_request_tokens, limits.vocab_size)
         parts = [workload.requests[part :: run.parts] for part in range(run.parts)]
-        _measured(engine, parts, "warm-up")
+        _warm_up(engine, parts)
         pace = engine.pace
         measured = [_measured(engine, parts, str(repeat)) for repeat in range(options.repeats)]
         simulated_s, outcome = _simulated(engine.machine, parts, run.policy, options.gpus)
@@ -178,6 +179,16 @@ def _cell(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         "simulated_sweeps": outcome.sweeps,
         "measured_sweeps": stats.sweeps,
     }
+
+
+def _warm_up(engine: RoutedEngine, parts: Sequence[Sequence[AtomicRequest]]) -> None:
+    """Runs until two agree, or until there were enough of them."""
+    last = 0.0
+    for number in range(MOST_WARM_UPS):
+        seconds, _ = _measured(engine, parts, f"warm-up {number}")
+        if abs(seconds - last) <= AGREE * seconds:
+            return
+        last = seconds
 
 
 def _measured(engine: RoutedEngine, parts: Sequence[Sequence[AtomicRequest]], salt: str) -> tuple[float, RunStats]:
