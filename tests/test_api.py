@@ -8,6 +8,8 @@ import pyarrow as pa
 import pytest
 
 from moe_prefill import Engine
+from moe_prefill.api import fields_named
+from moe_prefill.cli.flags import ENGINE_FLAGS, TASK_FLAGS
 from moe_prefill.errors import TaskError, UsageError
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model" / "checkpoint"
@@ -130,3 +132,11 @@ def test_a_closed_engine_says_so():
     engine.close()
     with pytest.raises(UsageError, match="the engine is closed"):
         engine.classify(["x"], labels=["spam", "ham"])
+
+
+def test_every_flag_that_a_remedy_may_name_is_named_as_its_field():
+    named = {name: field for field, flag in (ENGINE_FLAGS | TASK_FLAGS).items() for name in flag.names}
+    assert {"--hbm-gib", "--prefix"} <= named.keys()
+    for name, field in named.items():
+        if name.startswith("--") and "/" not in name:
+            assert fields_named(f"use {name} 1") == f"use {field} 1"

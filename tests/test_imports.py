@@ -44,7 +44,7 @@ ALLOWED = {
     "jobs": {"errors", "core", "tasks"},
     "ops": {"errors"},
     "checkpoint": {"errors", "ops"},  # published float8 tensors are widened while they are read
-    "experts": {"errors", "residency"},
+    "experts": {"errors", "memory", "residency"},
     "models": {"errors", "core", "ops"},
     "engine": {
         "errors",

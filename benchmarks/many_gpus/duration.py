@@ -8,7 +8,7 @@ from typing import Any
 
 from .forecasts import Forecast, Forecaster
 from .measuring import enough
-from .requests import lengths_of, shares_of
+from .requests import counts_of
 from .sides import Length, Side
 
 # Assumed until a call has said otherwise, in seconds: the first start of everything, kernels compiled; rates measured;
@@ -58,6 +58,4 @@ def _runs(options: argparse.Namespace, settings: int, once_s: float) -> float:
 
 
 def _run_tokens(options: argparse.Namespace, side: Side, length: Length) -> int:
-    kinds = lengths_of(options, length)
-    each = (max(1, options.run_tokens // len(kinds) // tokens) * tokens for tokens in kinds)
-    return shares_of(side) * sum(each)
+    return sum(tokens * count for tokens, count in counts_of(options, side, length))

@@ -151,10 +151,10 @@ def save_predictions(
     every = comparisons.with_envelope(every, "predicted_tokens_per_s", "predicted_over_uncapped")
     about = {"note": NOTE, "for": profile.gpu, "rates": "estimated" if profile.is_estimated else profile.date}
     memory = {"assumed_hbm_gib": options.assumed_hbm_gib, "assumed_host_gib": options.assumed_host_gib}
-    head_ = {key: head[key] for key in ("date", "git")}
+    when = {key: head[key] for key in ("date", "git")}
     calls = {**calls, head["command"].replace(" --predict-only", ""): round(seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {**about, **memory, **head_, "predicted_call_s": calls, "predictions": every}
+    report = {**about, **memory, **when, "predicted_call_s": calls, "predictions": every}
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{len(mine)} predictions -> {path}; this call should take {seconds:.0f} s", flush=True)
     return every

@@ -31,11 +31,16 @@ def shares_of(side: Side) -> int:
     return side.gpus * (2 if side.strategy == "pp+pp" else 1)
 
 
+def counts_of(options: argparse.Namespace, side: Side, length: Length) -> list[tuple[int, int]]:
+    """Tokens of a request, and how many such a run has. A mixed cell gives each length an equal part of the tokens."""
+    kinds = lengths_of(options, length)
+    return [(tokens, shares_of(side) * max(1, options.run_tokens // len(kinds) // tokens)) for tokens in kinds]
+
+
 def requests_of(options: argparse.Namespace, side: Side, length: Length, vocab: int) -> list[AtomicRequest]:
-    """Those of one run. A mixed cell gives each of its lengths an equal part of the tokens."""
-    kinds, found = lengths_of(options, length), list[AtomicRequest]()
-    for tokens in kinds:
-        count = shares_of(side) * max(1, options.run_tokens // len(kinds) // tokens)
+    """Those of one run, in random order."""
+    found: list[AtomicRequest] = []
+    for tokens, count in counts_of(options, side, length):
         found += Cell(tail=tokens).requests(count, vocab)
     return [found[place] for place in np.random.default_rng(0).permutation(len(found))]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import UsageError
 
 Sharing = Literal["auto", "off", "force"]
 Strategy = Literal["asyncep", "dp+ep", "dp+tp", "tp+ep", "tp+tp", "pp+pp"]
+SIZES = ("max_sweep_tokens", "chunk_rows")  # what the last bits of answers depend on, and free memory decides
 _KINDS: dict[str, type] = {"str": str, "bool": bool, "int": Integral, "float": Real}  # numpy's numbers, too
 
 
@@ -108,3 +110,17 @@ class EngineConfig:
                 continue
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UsageError.about(field.name, f"is {value!r}; it must be of type {name}")
+
+
+def given_sizes(config: EngineConfig) -> dict[str, int]:
+    """The sizes that are settings, and not the plan's to choose."""
+    return {name: size for name in SIZES if (size := getattr(config, name)) is not None}
+
+
+def with_recorded_sizes(config: EngineConfig, recorded: Callable[[str], object]) -> EngineConfig:
+    """The settings of a job that is gone on with: sizes that are not given are those that it began with, since the plan
+    may find other free memory today. ``recorded`` gives such a size by its name, if it knows it.
+    """
+    kept = {name: size for name in SIZES if isinstance(size := recorded(name), int)}
+    sizes: dict[str, Any] = {**kept, **given_sizes(config)}
+    return replace(config, **sizes)

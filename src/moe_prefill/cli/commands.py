@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import EngineConfig
+from ..config import EngineConfig, given_sizes, with_recorded_sizes
 from ..core import EngineLimits
 from ..errors import InputError, TaskError, UsageError
 from ..jobs import (
@@ -150,8 +150,7 @@ def _certain(request: Request, known: Identity, config: EngineConfig) -> Identit
     """What the finished identity will say for certain: a digest of a truncating task holds the plan's longest request;
     sizes that are given are kept.
     """
-    sizes = {f"engine.{name}": getattr(config, name) for name in ("max_sweep_tokens", "chunk_rows")}
-    certain = known | {name: size for name, size in sizes.items() if size is not None}
+    certain = known | {f"engine.{name}": size for name, size in given_sizes(config).items()}
     return {name: value for name, value in certain.items() if name != "task.digest" or request.task.truncate == "error"}
 
 
@@ -251,16 +250,10 @@ def _dated(task: TaskConfig, output: Output) -> TaskConfig:
 
 
 def _engine_config(request: Request, output: Output) -> EngineConfig:
-    """A resumed job takes the sizes that it started with: the plan may find other free memory today. Where banks live
-    does not matter to its answers.
-    """
+    """A resumed job takes the sizes that it started with. Where banks live does not matter to its answers."""
     if not isinstance(output, FileOutput):
         return request.engine
-    pinned = {name: output.recorded(f"engine.{name}") for name in ("max_sweep_tokens", "chunk_rows")}
-    missing: dict[str, Any] = {
-        n: v for n, v in pinned.items() if isinstance(v, int) and getattr(request.engine, n) is None
-    }
-    return replace(request.engine, **missing) if missing else request.engine
+    return with_recorded_sizes(request.engine, lambda name: output.recorded(f"engine.{name}"))
 
 
 def _job_config(request: Request) -> JobConfig:

@@ -12,9 +12,9 @@ from collections import Counter
 import torch
 
 from ..errors import PlanError
+from ..memory import show_bytes
 from . import driver
 
-_GIB = 1 << 30
 _held: Counter[int] = Counter()  # bytes by index of the device
 
 
@@ -70,6 +70,6 @@ def _allocate_or_say(num_bytes: int, device: torch.device) -> int:
     except RuntimeError as error:
         left, total = torch.cuda.mem_get_info(device)
         raise PlanError(
-            f"{num_bytes / _GIB:.2f} GiB for expert banks cannot be had on {device} ({error}): {left / _GIB:.2f} of "
-            f"{total / _GIB:.1f} GiB are free; end what else uses this GPU, or lower --hbm-gib"
+            f"{show_bytes(num_bytes)} for expert banks cannot be had on {device} ({error}): {show_bytes(left)} of "
+            f"{show_bytes(total)} are free; end what else uses this GPU, or lower --hbm-gib"
         ) from error

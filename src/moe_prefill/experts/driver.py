@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
+from ..memory import show_bytes
 
 
 def is_here() -> bool:
@@ -64,7 +65,7 @@ def register_host(pointer: int, num_bytes: int) -> None:
         _call("cuMemHostRegister", pointer, num_bytes, 0)
     except RuntimeError as error:
         raise PlanError(
-            f"{num_bytes / (1 << 30):.2f} GiB of host memory cannot be pinned ({error}); keep more banks resident, or "
+            f"{show_bytes(num_bytes)} of host memory cannot be pinned ({error}); keep more banks resident, or "
             "raise the limit of locked memory (ulimit -l) and of the container's memory"
         ) from error
 

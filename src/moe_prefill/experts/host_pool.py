@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ..errors import PlanError
+from ..memory import show_bytes
 from . import driver
 
-_GIB = 1 << 30
 _PAGE = mmap.PAGESIZE
 _TOUCH_BYTES = 256 << 20  # a thread's portion
 
@@ -38,9 +38,7 @@ class HostPool:
         try:
             mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise PlanError(
-                f"the system does not give {total / _GIB:.2f} GiB of host memory for expert banks"
-            ) from error
+            raise PlanError(f"the system does not give {show_bytes(total)} of host memory for expert banks") from error
         memory = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive
         _touch(memory)
         offset = 0

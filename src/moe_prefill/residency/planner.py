@@ -238,15 +238,15 @@ class _Planner:
 
     def _with_chunks_for_banks(self, chosen: _Candidate, grow: bool) -> _Candidate:
         """The chosen plan, or one of fewer resident banks and larger chunks that is predicted to be faster."""
-        best = self._finished(chosen, grow)
+        plain = best = self._finished(chosen, grow)
         fixed = self.pinned is not None or self.pins.chunk_rows is not None
-        if self.predict is None or fixed or not num_streamed(best.levels):
+        if self.predict is None or fixed or not num_streamed(plain.levels):
             return chosen
-        for rows in larger_chunks(self.budget.kind, best.tokens, best.chunk_rows):
-            each = self._best_levels((best.tokens, rows))
+        for rows in larger_chunks(self.budget.kind, plain.tokens, plain.chunk_rows):
+            each = self._best_levels((plain.tokens, rows))
             if each is not None and self._rate(each) >= _WORTH_BANKS * self._rate(best):
                 best = each
-        return best
+        return chosen if best is plain else best
 
     def _remedied(self, chosen: _Candidate, grow: bool) -> tuple[_Candidate, str | None]:
         """The chosen plan, or what hides its banks by the remedy of the least memory, where the sweep is predicted to

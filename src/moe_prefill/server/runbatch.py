@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic_core import to_json
 
-from ..config import EngineConfig
+from ..config import SIZES, EngineConfig, given_sizes, with_recorded_sizes
 from ..core import ScoringEngine
 from ..errors import InputError, OutputError, UsageError
 from ..jobs.ahead import one_ahead
@@ -26,7 +25,6 @@ from .service import Answer, plan_body, refusal, salted, told
 # A chunk is one call of the engine, and what a killed run loses. Its bytes bound the memory.
 _CHUNK_LINES = 4096
 _CHUNK_BYTES = 4 << 20
-_SIZES = ("max_sweep_tokens", "chunk_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,18 +174,15 @@ def known_job(source: Path, context: Context, model: str, settings: Mapping[str,
 
 
 def resumed_config(output: Path, known: Identity, config: EngineConfig) -> EngineConfig:
-    """The settings to go on with: sizes that are not given are those of the run that began, for today's free memory
-    may be another. Raises OutputError for a run that cannot be gone on with, before its model is loaded.
+    """The settings to go on with, see ``with_recorded_sizes``. Raises OutputError for a run that cannot be gone on
+    with, before its model is loaded.
     """
     done = _recorded(output)
     if done is None:
         return config
-    given = {f"engine.{name}": size for name in _SIZES if (size := getattr(config, name)) is not None}
-    asked = known | given
+    asked = known | {f"engine.{name}": size for name, size in given_sizes(config).items()}
     check_same_job(_journal(output), {name: done.job.get(name) for name in asked}, asked)
-    kept = {name: done.job.get(f"engine.{name}") for name in _SIZES if getattr(config, name) is None}
-    sizes: dict[str, Any] = {name: size for name, size in kept.items() if isinstance(size, int)}
-    return replace(config, **sizes)
+    return with_recorded_sizes(config, lambda name: done.job.get(f"engine.{name}"))
 
 
 def _recorded(output: Path) -> Progress | None:
@@ -207,7 +202,7 @@ def _recorded(output: Path) -> Progress | None:
 
 
 def _planned_job(engine: ScoringEngine) -> Identity:
-    sizes = {f"engine.{name}": getattr(engine.limits, name) for name in _SIZES}
+    sizes = {f"engine.{name}": getattr(engine.limits, name) for name in SIZES}
     return {"engine.plan": engine.plan_digest, **sizes}
 
 
