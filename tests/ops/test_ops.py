@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from moe_prefill import ops
 from moe_prefill.ops.attention import Spans, ref_attention
 from moe_prefill.ops.experts import ref_experts
+from moe_prefill.ops.flash import packs_heads
 from moe_prefill.ops.grouped import ref_grouped_mm
 from moe_prefill.ops.rms_norm import ref_rms_norm
 from tests.conftest import DEVICE
@@ -39,6 +40,7 @@ ENTRIES = [
     ([150, 3, 64], [150, 3, 200], True, None),  # long entries are worked through in blocks of rows on a CPU
     ([100, 64], [300, 64], True, 70),
     ([130], [97], False, None),
+    ([256, 128], [256, 400], True, None),  # whole tiles of a kernel whose tiles hold one head
 ]
 
 
@@ -63,6 +65,21 @@ def test_a_query_without_keys_is_zero_and_minus_infinity():
     assert (out[:2] == 0).all()
     assert (lse[:2] == -math.inf).all()
     assert torch.isfinite(lse[2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("num_q", "heads", "packs"),
+    [
+        ([4096] * 16, 16, False),  # whole tiles either way
+        ([300] * 200, 8, True),  # three tiles a head for 2.35
+        ([16] * 500, 8, True),  # an eighth of a tile a head
+        ([4000, 5000, 3100], 8, False),  # 2% more tiles
+        ([16] * 500, 1, False),  # nothing to pack
+        ([0, 256], 4, False),
+    ],
+)
+def test_heads_are_packed_where_that_saves_tiles(num_q, heads, packs):
+    assert packs_heads(np.array(num_q, np.int32), heads) is packs
 
 
 def test_merging_splits_of_the_keys_gives_the_whole():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from . import choice
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Result = tuple[torch.Tensor, torch.Tensor]
 VARIABLE = "MOE_PREFILL_ATTENTION"
+_TILE = 128  # rows of queries that FlashAttention 3 computes together
+_PACKING = 1.05  # what a tile costs more where it holds all heads of a key/value head
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,22 @@ def _flash_3(
         *(scale, causal, -1 if window is None else window - 1, 0 if causal else -1),
         *(0, 0.0, True, None),  # no chunks, no soft cap
         1,  # one split: its number would change the order of sums
-        None,
+        packs_heads(np.diff(spans.cu_q), q.shape[1] // k.shape[1]),
         0,
     )
     return out, lse
+
+
+def packs_heads(num_q: np.ndarray, heads: int) -> bool:
+    """Whether tiles of queries better hold all ``heads`` of a key/value head: there are fewer then behind entries of
+    ``num_q`` queries, and each costs a little more. FlashAttention 3 itself always packs where lengths vary, since it
+    has them on the device only.
+    """
+
+    def tiles(rows: np.ndarray) -> int:
+        return int((-(-rows // _TILE)).sum())
+
+    return heads * tiles(num_q) > _PACKING * tiles(heads * num_q.astype(np.int64))
 
 
 def _refusal_3(device: torch.device, windowed: bool) -> str | None:
