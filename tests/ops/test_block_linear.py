@@ -86,7 +86,9 @@ def test_a_norm_in_front_leaves_rows_plain():
 
 
 def test_the_kernels_of_a_gpu_are_tried_before_anything_depends_on_them(monkeypatch):
-    """A kernel that multiplies wrongly, one that raises, one whose package is missing, and a good one."""
+    """A kernel that multiplies wrongly, one that raises, one that takes whole tiles only, one whose package is missing,
+    and a good one.
+    """
 
     def good(rows, scale, weight, out):
         out.copy_(ref_block_mm(rows, scale, weight, out.dtype))
@@ -97,18 +99,58 @@ def test_the_kernels_of_a_gpu_are_tried_before_anything_depends_on_them(monkeypa
     def broken(rows, scale, weight, out):
         raise RuntimeError("no\nkernel image")
 
+    def whole(rows, scale, weight, out):
+        if len(rows) % 128:
+            raise RuntimeError("not supported")
+        good(rows, scale, weight, out)
+
     cpu = torch.device("cpu")
-    kernels = [
-        BlockKernel(*each) for each in (("a", wrong), ("b", broken), ("c", good, "no_such_package"), ("d", good))
-    ]
+    tried = (("a", wrong), ("b", broken), ("c", whole), ("d", good, "no_such_package"), ("e", good))
+    kernels = [BlockKernel(*each) for each in tried]
     assert [kernel.refusal(cpu) for kernel in kernels] == [
-        "it multiplies wrongly",
-        "it does not work here: no kernel image",
+        "it multiplies 128 rows wrongly",
+        "it does not multiply 128 rows here: no kernel image",
+        "it does not multiply 130 rows here: not supported",
         "no_such_package is not installed",
         None,
     ]
     monkeypatch.setattr(block_linear, "KERNELS", kernels)
-    assert block_linear.chosen.__wrapped__(cpu).name == "d"
+    assert block_linear.chosen.__wrapped__(cpu).name == "e"
+
+
+def cublaslt(rows, weight, *, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_dtype):
+    """``scaled_mm`` as cuBLASLt computes it, which refuses the layouts that cuBLASLt does."""
+    (count, c), n = rows.shape, weight.shape[1]
+    assert count % 16 == 0, count
+    assert (rows.stride(), weight.stride()) == ((c, 1), (1, c))
+    groups, blocks = c // 128, -(-c // 512) * 4
+    assert (scale_a.shape, scale_b.shape) == ((count, groups), (blocks, n // 128))
+    for along, scale in ((count, scale_a), (blocks, scale_b)):
+        assert scale.stride() == (1, along) or (scale.shape[1] == 1 and scale.stride() == (1, 1))
+    assert (scale_recipe_a, scale_recipe_b) == (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128)
+    matrix = ops.Float8Blocks(weight.t(), scale_b[:groups].t())
+    return ref_block_mm(rows, scale_a.t(), matrix, output_dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 15, 16, 17, 130])
+@pytest.mark.parametrize(("n", "c"), [(128, 128), (256, 640)])
+def test_any_number_of_rows_is_laid_out_as_cublaslt_wants(rows, n, c, monkeypatch):
+    monkeypatch.setattr(F, "scaled_mm", cublaslt)
+    values, scale_GR = quantize_groups(random(rows, c).cpu())
+    weight, out = ops.Float8Blocks.of(uneven(n, c)), torch.full((rows, n), torch.nan)
+    block_linear._torch(values, scale_GR, weight, out)
+    assert relative(out, ref_block_mm(values, scale_GR, weight, torch.float32)) < 1e-6
+
+
+def test_rows_of_zeros_are_added_only_where_rows_are_missing():
+    values, scale_GR = torch.arange(1, 1 + 3 * 256).view(3, 256).remainder(7).to(ops.FLOAT8), torch.ones(2, 3)
+    padded, scale = block_linear._whole_tiles(values, scale_GR)
+    assert (padded.shape, padded.dtype, scale.shape) == ((16, 256), ops.FLOAT8, (2, 16))
+    assert torch.equal(padded[:3].float(), values.float())
+    assert (padded[3:].float().unique().tolist(), scale.sum(1).tolist()) == ([0.0], [3.0, 3.0])
+    whole = block_linear._whole_tiles(padded, scale)
+    assert whole[0] is padded
+    assert whole[1] is scale
 
 
 def test_a_cpu_multiplies_blocks_in_plain_torch():

@@ -138,19 +138,36 @@ def _deep_gemm(rows_RC: torch.Tensor, scale_GR: torch.Tensor, weight_NC: Float8B
     deep_gemm.fp8_gemm_nt((rows_RC, scale_GR.t()), weight, out_RN, compiled_dims="nk")
 
 
+# cuBLASLt takes multiples of some number of rows only: four by what vLLM pads to (its pull request 49932), so that each
+# group's scales begin at 16 bytes, eight by what Transformer Engine checks. Sixteen is a multiple of either.
+_ROWS = 16
+
+
+def _whole_tiles(rows_RC: torch.Tensor, scale_GR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and scales with rows of zeros up to a multiple of ``_ROWS``; as they are where there is none to add."""
+    missing = -len(rows_RC) % _ROWS
+    if not missing:
+        return rows_RC, scale_GR
+    padded = F.pad(rows_RC.view(torch.uint8), (0, 0, 0, missing)).view(rows_RC.dtype)  # bytes: any device pads those
+    return padded, F.pad(scale_GR, (0, missing))
+
+
 def _torch(rows_RC: torch.Tensor, scale_GR: torch.Tensor, weight_NC: Float8Blocks, out_RN: torch.Tensor) -> None:
-    """cuBLASLt wants the scales of blocks along the input channels, their number rounded up to a multiple of four."""
+    """cuBLASLt wants the scales of rows along the rows without a gap, and those of blocks along the input channels,
+    their number rounded up to a multiple of four.
+    """
+    rows, scale = _whole_tiles(rows_RC, scale_GR)
     grid_nc = F.pad(weight_NC.scale, (0, -weight_NC.scale.shape[1] % 4))
     product = F.scaled_mm(
-        rows_RC,
+        rows,
         weight_NC.values.t(),
-        scale_a=scale_GR.t(),
+        scale_a=scale.t(),
         scale_recipe_a=F.ScalingType.BlockWise1x128,
         scale_b=grid_nc.t(),
         scale_recipe_b=F.ScalingType.BlockWise128x128,
         output_dtype=out_RN.dtype,
     )
-    out_RN.copy_(product)
+    out_RN.copy_(product[: len(out_RN)])
 
 
 # On one H200 (2026-11-24) cuBLASLt's product takes 1,090 to 1,240 TFLOP/s at the shapes of Qwen3 (fp8_ops.json).
@@ -159,15 +176,18 @@ KERNELS = (BlockKernel("deep-gemm", _deep_gemm, "deep_gemm"), BlockKernel("torch
 
 @functools.cache
 def _fault(kernel: BlockKernel, device: torch.device) -> str | None:
-    """Why a kernel does not work here, found out before anything depends on it: 130 rows, which fill no tile, through
-    two by two blocks that differ.
+    """Why a kernel does not work here, found out before anything depends on it: a whole tile of rows and then two more,
+    which fill none, through two by two blocks that differ.
     """
     values = torch.ones(2 * BLOCK, 2 * BLOCK, device=device).to(FLOAT8)
-    rows, scale_GR = values[: BLOCK + 2], torch.tensor([[1.0], [2.0]], device=device).repeat(1, BLOCK + 2)
     weight = Float8Blocks(values, torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=device))
-    out = torch.empty(len(rows), 2 * BLOCK, dtype=torch.bfloat16, device=device)
-    try:
-        kernel.run(rows, scale_GR, weight, out)
-        return None if torch.equal(out, ref_block_mm(rows, scale_GR, weight, out.dtype)) else "it multiplies wrongly"
-    except Exception as problem:  # whatever it is, it is said in the log
-        return f"it does not work here: {' '.join(str(problem).split())[:200]}"
+    for count in (BLOCK, BLOCK + 2):
+        rows, scale_GR = values[:count], torch.tensor([[1.0], [2.0]], device=device).repeat(1, count)
+        out = torch.empty(count, 2 * BLOCK, dtype=torch.bfloat16, device=device)
+        try:
+            kernel.run(rows, scale_GR, weight, out)
+            if not torch.equal(out, ref_block_mm(rows, scale_GR, weight, out.dtype)):
+                return f"it multiplies {count} rows wrongly"
+        except Exception as problem:  # whatever it is, it is said in the log
+            return f"it does not multiply {count} rows here: {' '.join(str(problem).split())[:200]}"
+    return None
