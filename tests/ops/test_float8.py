@@ -48,6 +48,31 @@ def test_the_largest_value_is_exact_and_a_row_of_zeros_stays_zero():
     assert ops.dequantize(values, scale, torch.float32).tolist() == [[0.0, 1.0, -2.0], [0.0, 0.0, 0.0]]
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), exponent=st.floats(-11, 37), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_values_are_nearest_to_the_quotient_up_to_the_last_bits(seed, exponent, dtype):
+    x = random(8, 200, dtype=torch.float32, seed=seed)
+    x = (x / x.abs().amax(-1, keepdim=True) * 10.0**exponent).to(dtype)
+    values, scale = ops.quantize_rows(x)
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    every = every[(every & 0x7F) != 0x7F].view(ops.FLOAT8).double()
+    quotient = x.double() / scale.double()[:, None]
+    nearest = (quotient[..., None] - every).abs().amin(-1)
+    assert ((values.double() - quotient).abs() <= nearest + quotient.abs() * 2.0**-21).all()
+    assert (values.float().abs().amax(-1) == FLOAT8_MAX).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "quantize", [ops.quantize_rows, quantize_groups, lambda x: ops.swiglu_quantize(x.repeat(1, 2))]
+)
+def test_what_is_not_finite_stays_so(quantize, value):
+    x = random(3, 256)
+    x[1, 200] = value
+    values, _ = quantize(x)
+    assert values.float().isnan().any(1).tolist() == [False, True, False]
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     x = random(16, 64, dtype=torch.bfloat16)
     whole, scale = ops.quantize_rows(x)
@@ -169,7 +194,7 @@ def test_a_scale_for_each_128_channels(rows, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "width"), [(4, 128), (3, 640), (0, 128)])
+@pytest.mark.parametrize(("rows", "width"), [(4, 128), (3, 640), (0, 128), (32, 384), (65, 256)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_kernels_of_scales_for_128_channels(rows, width, dtype, gated):
     pytest.importorskip("triton")

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from .swiglu import rounded_swiglu
 
+_ROWS = 32  # whose scales of one group a program finds
+
 
 @triton.jit
 def load_row(x_ptr, row_stride, width, BLOCK: tl.constexpr):
@@ -24,7 +26,13 @@ def load_row(x_ptr, row_stride, width, BLOCK: tl.constexpr):
 @triton.jit
 def scaled_row(values, LEAST: tl.constexpr, MOST: tl.constexpr):
     scale = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST) / MOST
-    return tl.minimum(tl.maximum(values / scale, -MOST), MOST), scale
+    return _clamped(values * (1.0 / scale), MOST), scale
+
+
+@triton.jit
+def _clamped(values, MOST: tl.constexpr):
+    # Symmetric bounds take one instruction. NaN stays NaN, as in the reference.
+    return tl.clamp(values, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -53,23 +61,49 @@ def _swiglu_quantize_kernel(
 
 
 @triton.jit
-def _store_groups(values, inside, out_ptr, scale_ptr, row, column, C, R, LEAST: tl.constexpr, MOST: tl.constexpr):
-    scale = tl.maximum(tl.max(tl.abs(values), axis=1), LEAST) / MOST
-    scaled = tl.minimum(tl.maximum(values / scale[:, None], -MOST), MOST)
-    tl.store(out_ptr + row * C + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
-    group = tl.arange(0, values.shape[0])
-    tl.store(scale_ptr + group.to(tl.int64) * R + row, scale, mask=group * values.shape[1] < C)
+def _group_of_rows(R, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """The program's group, its rows [ROWS, 1], its columns [1, 128], and which of the rows there are.
+
+    Programs of the same rows are neighbours, so that they read whole rows together; one program's scales are adjacent.
+    """
+    group = tl.program_id(0) % GROUPS
+    row = (tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    return group, row, group * 128 + tl.arange(0, 128)[None, :], row < R
+
+
+@triton.jit
+def _store_groups(
+    values,
+    out_ptr,
+    scale_ptr,
+    R,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    group, row, column, inside = _group_of_rows(R, GROUPS, ROWS)
+    scale = tl.maximum(tl.max(tl.abs(values), axis=1, keep_dims=True), LEAST) / MOST
+    scaled = _clamped(values * (1.0 / scale), MOST)
+    tl.store(out_ptr + row * (GROUPS * 128) + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + group.to(tl.int64) * R + row, scale, mask=inside)
 
 
 @triton.jit
 def _quantize_groups_kernel(
-    x_ptr, out_ptr, scale_ptr, row_stride, C, R, LEAST: tl.constexpr, MOST: tl.constexpr, GROUPS: tl.constexpr
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    row_stride,
+    R,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < C
+    _, row, column, inside = _group_of_rows(R, GROUPS, ROWS)
     values = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    _store_groups(values, inside, out_ptr, scale_ptr, row, column, C, R, LEAST, MOST)
+    _store_groups(values, out_ptr, scale_ptr, R, LEAST, MOST, GROUPS, ROWS)
 
 
 @triton.jit
@@ -79,19 +113,18 @@ def _swiglu_quantize_groups_kernel(
     out_ptr,
     scale_ptr,
     row_stride,
-    F,
     R,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
     GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < F
-    gate = tl.load(gate_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    _, row, column, inside = _group_of_rows(R, GROUPS, ROWS)
+    source = row * row_stride + column
+    gate = tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + source, mask=inside, other=0.0).to(tl.float32)
     values = rounded_swiglu(gate, up, gate_ptr.dtype.element_ty).to(tl.float32)
-    _store_groups(values, inside, out_ptr, scale_ptr, row, column, F, R, LEAST, MOST)
+    _store_groups(values, out_ptr, scale_ptr, R, LEAST, MOST, GROUPS, ROWS)
 
 
 def quantize_groups_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +132,7 @@ def quantize_groups_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     R, C = x_RC.shape
     out, scale = _group_outputs(x_RC, R, C)
     if R:
-        _quantize_groups_kernel[(R,)](x_RC, out, scale, x_RC.stride(0), C, R, **_group_constants(C))
+        _quantize_groups_kernel[_group_grid(R, C)](x_RC, out, scale, x_RC.stride(0), R, **_group_constants(C))
     return out, scale
 
 
@@ -110,8 +143,8 @@ def swiglu_quantize_groups_kernel(gate_RF: torch.Tensor, up_RF: torch.Tensor) ->
     assert gate_RF.stride() == up_RF.stride(), (gate_RF.stride(), up_RF.stride())
     out, scale = _group_outputs(gate_RF, R, F)
     if R:
-        kernel = _swiglu_quantize_groups_kernel[(R,)]
-        kernel(gate_RF, up_RF, out, scale, gate_RF.stride(0), F, R, **_group_constants(F))
+        kernel = _swiglu_quantize_groups_kernel[_group_grid(R, F)]
+        kernel(gate_RF, up_RF, out, scale, gate_RF.stride(0), R, **_group_constants(F))
     return out, scale
 
 
@@ -158,8 +191,11 @@ def _group_outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor
     return values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device)
 
 
+def _group_grid(rows: int, width: int) -> tuple[int]:
+    return (triton.cdiv(rows, _ROWS) * (width // 128),)
+
+
 def _group_constants(width: int) -> dict[str, float | int]:
     from ..quantize import FLOAT8_MAX, LEAST_AMAX
 
-    groups = triton.next_power_of_2(width // 128)
-    return {"LEAST": LEAST_AMAX, "MOST": FLOAT8_MAX, "GROUPS": groups, "num_warps": max(1, min(8, groups // 4))}
+    return {"LEAST": LEAST_AMAX, "MOST": FLOAT8_MAX, "GROUPS": width // 128, "ROWS": _ROWS, "num_warps": 4}
