@@ -103,6 +103,42 @@ def test_added_tokens_that_only_the_config_lists(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|x|>", " the"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"some_token": "<|x|>"}}),
+        (
+            "tokenizer_config.json",
+            {
+                "pad_token": "<|x|>",
+                "additional_special_tokens": [{"__type": "AddedToken", "content": "fox", "lstrip": True}],
+            },
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2": {"content": "<|end|>", "rstrip": True}}}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|x|>"]}),
+        ("added_tokens.json", {"<|x|>": "the next id"}),
+    ],
+)
+def test_added_tokens_of_every_file_are_those_of_transformers(tmp_path: Path, name: str, stated: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_small(tmp_path)
+    size = Tokenizer.from_directory(tmp_path).vocab_size
+    file = tmp_path / name
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    stated = {key: size if value == "the next id" else value for key, value in stated.items()}
+    file.write_text(json.dumps(before | stated))
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = Tokenizer.from_directory(tmp_path)
+    text = "the  <|x|> dog<|x|>s</s> and the fox<|end|> yes"
+    assert ours.encode(text, add_special_tokens=False).tolist() == reference.encode(text, add_special_tokens=False)
+    (tmp_path / name).write_text(json.dumps(before))
+    plain = Tokenizer.from_directory(tmp_path)
+    assert ours.encode(text).tolist() != plain.encode(text).tolist()
+    assert ours.fingerprint != plain.fingerprint
+
+
 def test_special_tokens_may_be_objects_or_come_from_the_older_file(tmp_path: Path) -> None:
     write_small(tmp_path, bos_token=None, eos_token={"__type": "AddedToken", "content": "<|end|>"})
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ _DIGESTED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
     *_SLOW_FILES,
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def load_files(directory: str | Path) -> TokenizerFiles:
     backend = _load_backend(path)
     backend.no_truncation()
     backend.no_padding()
-    _add_missing_tokens(backend, config, special_tokens)
+    _complete_added_tokens(backend, path, config, legacy)
     template = _chat_template(path, config)
     return TokenizerFiles(backend, config, special_tokens, template, _fingerprint(path))
 
@@ -112,27 +114,57 @@ def _special_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dic
     return tokens
 
 
-def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+def _complete_added_tokens(
+    backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any], legacy: Mapping[str, Any]
 ) -> None:
-    """Teach the backend the added tokens that only the config lists, at the ids that it states."""
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder") or {}
-    for index, entry in sorted(((int(key), value) for key, value in listed.items()), key=lambda pair: pair[0]):
-        if entry["content"] in present:
-            continue
-        flags = {key: bool(entry[key]) for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
-        backend.add_tokens([tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)])
-        got = backend.token_to_id(entry["content"])
+    """Teach the backend the added tokens of the other files, in the order in which transformers does it: those with an
+    id, whose flags win over tokenizer.json's, then the named and the further special ones, with the next free ids.
+    """
+    named = _special_tokens(config, legacy).values()
+    further = [_added(token, special=True) for token in _further_tokens(config, legacy)]
+    special = {*named, *(token.content for token in further)}
+    for index, token in sorted(_tokens_with_ids(path, backend, config, special).items()):
+        backend.add_tokens([token])
+        got = backend.token_to_id(token.content)
         if got != index:
             raise ModelError(
-                f"tokenizer_config.json places the token {entry['content']!r} at id {index}, "
-                f"tokenizer.json at {got}: the two files do not belong together"
+                f"{path} places the token {token.content!r} at id {index}, but tokenizer.json at {got}: the files do "
+                "not belong together"
             )
-    for text in special_tokens.values():
-        known = backend.token_to_id(text) is not None
-        if known and text not in present and text not in {entry["content"] for entry in listed.values()}:
-            backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    special_tokens = [*(_added(text, special=True) for text in named), *further]
+    backend.add_tokens([token for token in special_tokens if token.content not in present])
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
+
+
+def _tokens_with_ids(
+    path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Collection[str]
+) -> dict[int, tokenizers.AddedToken]:
+    """The config's ``added_tokens_decoder``; where it has none, what the older ``added_tokens.json`` adds."""
+    if "added_tokens_decoder" in config:
+        return {int(index): _added(entry) for index, entry in (config["added_tokens_decoder"] or {}).items()}
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    return {
+        index: tokenizers.AddedToken(text, normalized=text not in special, special=text in special)
+        for text, index in _read_json(path / "added_tokens.json").items()
+        if text not in present
+    }
+
+
+def _further_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> list[Any]:
+    """Special tokens without a role; a mapping gives them names that no tokenizer reads."""
+    stated = config if "added_tokens_decoder" in config else {**config, **legacy}
+    tokens = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []
+    return list(tokens.values() if isinstance(tokens, dict) else tokens)
+
+
+def _added(entry: Any, **flags: bool) -> tokenizers.AddedToken:
+    """From a text, or from an object with the token's flags."""
+    stated = {"content": entry} if isinstance(entry, str) else entry
+    if not isinstance(stated, dict) or not isinstance(stated.get("content"), str):
+        raise ModelError(f"tokenizer_config.json lists the added token {entry!r}; a text or an object with content")
+    flags |= {key: bool(stated[key]) for key in _TOKEN_FLAGS if key in stated}
+    return tokenizers.AddedToken(stated["content"], **flags)
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
