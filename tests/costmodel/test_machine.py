@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_prefill.costmodel import Batch, predict_sweep
+from moe_prefill.costmodel import Batch, layer_seconds, predict_sweep
 from moe_prefill.errors import UsageError
 from moe_prefill.machine import DATASHEETS, Curve, datasheet_peak, estimated_profile, load_profile, save_profile
 from moe_prefill.models import preset, spec_from_hf
-from tests.costmodel.models import machine_profile
+from tests.costmodel.models import machine_profile, model_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,6 +119,22 @@ def test_a_profile_without_a_field_is_refused(tmp_path):
         load_profile(tmp_path / "p.json")
 
 
+def test_launches_hide_behind_what_a_gpu_computes():
+    """A layer of 3 ms whose launches take 2 ms, and one of 1 ms."""
+    gpu, cpu = (machine_profile(gpu=name, layer_overhead_s=2e-3) for name in ("NVIDIA test", "cpu"))
+    assert [1e3 * gpu.layer_s(busy_s) for busy_s in (3e-3, 1e-3)] == [3, 2]
+    assert [1e3 * cpu.layer_s(busy_s) for busy_s in (3e-3, 1e-3)] == [5, 3]
+    spec, batch = model_spec(), Batch.uniform(64, 64, prune_last=False)
+    free, busy = (
+        layer_seconds(spec, 0, batch, dataclasses.replace(gpu, layer_overhead_s=seconds), "float32")
+        for seconds in (0.0, 1.0)
+    )
+    assert sum(busy.values()) == pytest.approx(1.0)
+    assert {**busy, "elementwise": 0} == {**free, "elementwise": 0}
+    hidden = layer_seconds(spec, 0, batch, dataclasses.replace(gpu, layer_overhead_s=1e-9), "float32")
+    assert hidden == pytest.approx(free)
+
+
 @pytest.mark.parametrize("gpu", [*(f"NVIDIA {name} test" for name in DATASHEETS), "cpu"])
 def test_estimates_stay_below_the_datasheet_and_say_so(gpu, tmp_path):
     profile = estimated_profile(gpu)
@@ -146,18 +162,36 @@ def test_an_estimate_for_hopper_is_near_what_was_measured_there():
     assert 360e9 < profile.bandwidth("copy-engine") < 394e9
 
 
-def test_an_estimate_predicts_the_sweeps_that_were_measured():
-    """Every cell without sharing of benchmarks/results/hopper.json, one H200, within 10%."""
+def measured_cells():
+    """Spec, batch and precision of every cell of benchmarks/results/hopper.json without sharing, on one H200."""
     report = json.loads((ROOT / "benchmarks/results/hopper.json").read_text())
     for cell in report["cells"]:
         if cell.get("gpu", report["gpu"]) != "NVIDIA H200" or "siblings" in cell:
             continue
-        spec, rows = spec_from_hf(preset(cell["model"])), cell["chunk_rows"]
+        spec = spec_from_hf(preset(cell["model"]))
         spec = dataclasses.replace(spec, layers=spec.layers[: cell["layers"]])
-        profile = dataclasses.replace(estimated_profile("NVIDIA H200"), choices={"chunk_rows": rows})
         batch = Batch.uniform(cell["sweep_tokens"], cell["tokens"], prune_last=False)
-        sweep = predict_sweep(spec, batch, profile, precision={"bf16": "bfloat16", "fp8": "float8"}[cell["precision"]])
+        yield spec, batch, {"bf16": "bfloat16", "fp8": "float8"}[cell["precision"]], cell
+
+
+def test_an_estimate_predicts_the_sweeps_that_were_measured():
+    """Within 10%."""
+    for spec, batch, precision, cell in measured_cells():
+        choices = {"chunk_rows": cell["chunk_rows"]}
+        profile = dataclasses.replace(estimated_profile("NVIDIA H200"), choices=choices)
+        sweep = predict_sweep(spec, batch, profile, precision=precision)
         assert 1e3 * sweep.sweep_s == pytest.approx(cell["sweep_ms"], rel=0.1), (cell["model"], cell["tokens"])
+
+
+def test_a_calibrated_profile_predicts_the_sweeps_that_were_measured():
+    """Those of its model and precision within 7.5%; it has no rates beyond 32,768 rows, where products are faster."""
+    measured = load_profile(ROOT / "benchmarks/results/profile_h200_qwen3_235b_fp8.json", gpu="NVIDIA H200")
+    mine = [each for each in measured_cells() if (each[3]["model"], each[2]) == (measured.model, "float8")]
+    assert len(mine) == 3
+    for spec, batch, precision, cell in mine:
+        profile = dataclasses.replace(measured, choices={"chunk_rows": cell["chunk_rows"]})
+        sweep = predict_sweep(spec, batch, profile, precision=precision)
+        assert 1e3 * sweep.sweep_s == pytest.approx(cell["sweep_ms"], rel=0.075), cell["tokens"]
 
 
 def test_unknown_devices_have_no_estimate():

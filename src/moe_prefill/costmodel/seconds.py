@@ -14,7 +14,7 @@ from .work import Part, Work, head_work, layer_work
 def layer_seconds(
     spec: ModelSpec, index: int, batch: Batch, profile: MachineProfile, precision: str
 ) -> dict[Part, float]:
-    """Seconds of every part of layer ``index``, its fixed overhead counted with ``elementwise``.
+    """Seconds of every part of layer ``index``; what its launches add is counted with ``elementwise``.
 
     UsageError: the profile has no rates for ``precision``.
     """
@@ -32,8 +32,9 @@ def layer_seconds(
     grouped = profile.rates("grouped", precision).at(max(1, rows) * spec.top_k / spec.num_experts)
     seconds["experts"] = _roofline(work["experts"], grouped, profile)
     seconds["attention"] = _attention_seconds(spec, index, carried, profile, precision, work["attention"])
-    moving = work["elementwise"].bytes / profile.rates("elementwise", precision).at(tokens)
-    seconds["elementwise"] = moving + profile.layer_overhead_s
+    seconds["elementwise"] = work["elementwise"].bytes / profile.rates("elementwise", precision).at(tokens)
+    busy_s = sum(seconds.values())
+    seconds["elementwise"] += profile.layer_s(busy_s) - busy_s
     return seconds
 
 

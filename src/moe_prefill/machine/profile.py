@@ -25,8 +25,9 @@ class MachineProfile:
     """One device and its links.
 
     Rates are FLOP/s, bandwidths bytes/s, by precision or transport. Curves are over these sizes: ``gemm`` rows,
-    ``grouped`` rows an expert, ``attention`` tokens of a causal sequence, ``elementwise`` rows (the bandwidth that all
-    of a layer but its products reaches). ``layer_overhead_s``: what a layer takes however few rows it has.
+    ``grouped`` rows an expert, ``attention`` tokens of a causal sequence, ``elementwise`` rows: the bytes that all of a
+    layer but its products would move if none of it were fused, over what it takes, which may exceed the bandwidth.
+    ``layer_overhead_s``: what a layer takes however few rows it has; see ``layer_s``.
     ``transfers`` were measured at banks of ``bank_bytes``; ``host`` is from pinned host memory to the device,
     ``copy-engine`` a pull from one peer, ``nccl`` what arrives at a rank in an all-gather, ``local`` a copy within the
     device, bytes counted once. ``choices`` are kernels and chunk sizes by name, for example ``chunk_rows``.
@@ -79,6 +80,14 @@ class MachineProfile:
     def peak(self, precision: str) -> float:
         """Datasheet FLOP/s, or the best measured product where no datasheet is known (CPUs)."""
         return datasheet_peak(self.gpu, precision) or self.rates("gemm", precision).best
+
+    def layer_s(self, busy_s: float) -> float:
+        """Seconds of a layer whose operations take ``busy_s``: a GPU computes while the host launches what comes next,
+        so the longer of the two counts; on a CPU both are work of the same cores.
+        """
+        if self.gpu == "cpu":
+            return busy_s + self.layer_overhead_s
+        return max(busy_s, self.layer_overhead_s)
 
     @property
     def chunk_rows(self) -> int:
