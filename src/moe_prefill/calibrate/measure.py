@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
@@ -13,11 +14,12 @@ import torch
 from ..core import ModelSpec
 from ..costmodel import layer_seconds
 from ..machine import Curve, MachineProfile
+from ..memory import larger_chunks
 from ..residency import bank_bytes
 from .operations import LayerBench, curve, layer_batch
 from .transfers import measure_transfers
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 _MEMORY_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}  # of the plain copy: far beyond any cache
 _SAME = 0.99  # rates nearer than that are one
@@ -26,7 +28,7 @@ _FEW_ROWS = 16  # a layer of so few rows takes its fixed time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Sizes to measure at: rows of products, tokens of sequences, rows that may go through a layer together; and
+    """Sizes to measure at: rows of products, tokens of sequences, rows of the chunks that a plan may begin with; and
     about how many seconds for each.
     """
 
@@ -37,11 +39,21 @@ class Grid:
 
     @classmethod
     def of(cls, device: torch.device) -> Grid:
-        """What is usual on this kind of device."""
+        """What is usual on this kind of device: products up to the largest chunks that a plan grows to."""
         if device.type == "cuda":
-            rows, chunks = (64, 256, 1024, 4096, 16384, 32768), (8192, 16384, 32768)
-            return cls(rows=rows, lengths=(128, 512, 2048, 8192, 32768), chunks=chunks, budget_s=0.3)
+            rows = (64, 256, 1024, 4096, 16384, *larger_chunks("cuda", sys.maxsize, 16384))
+            lengths, chunks = (128, 512, 2048, 8192, 32768), (8192, 16384, 32768)
+            return cls(rows=rows, lengths=lengths, chunks=chunks, budget_s=0.3)
         return cls(rows=(16, 128, 1024, 4096), lengths=(32, 128, 512, 2048, 4096), chunks=(1024, 4096), budget_s=0.1)
+
+    def fitting(self, bench: LayerBench, note: Say) -> Grid:
+        """The sizes that leave the device memory, at least the smallest; the others are said."""
+        rows, chunks = (tuple(filter(bench.fits, sizes)) or sizes[:1] for sizes in (self.rows, self.chunks))
+        left_out = sorted({*self.rows, *self.chunks} - {*rows, *chunks})
+        if left_out:
+            sizes = ", ".join(f"{size:,}" for size in left_out)
+            note(f"{bench.precision}: not measured for want of memory: {sizes} rows")
+        return replace(self, rows=rows, chunks=chunks)
 
 
 def calibrate(
@@ -53,25 +65,33 @@ def calibrate(
     command: str,
     float8: bool = False,
     grid: Grid | None = None,
-    progress: Progress = lambda step: None,
+    progress: Say = lambda step: None,
+    note: Say = lambda line: None,
 ) -> MachineProfile:
     """Measure this device with one layer of a model in ``dtype``, and with ``float8`` also with its experts in that.
-    Takes memory for that layer and three of its banks.
+    Takes memory for that layer and three of its banks. ``note`` hears what was left out and what does not add up.
 
     Chunks, fixed time and transfers are those of the narrowest experts. UsageError: the model has no experts.
     PlanError: host memory for a bank cannot be pinned.
     """
-    grid = grid or Grid.of(device)
+    wanted = grid or Grid.of(device)
     with torch.inference_mode():
-        bench = LayerBench(spec, device, dtype, grid.budget_s)
+        bench = LayerBench(spec, device, dtype, wanted.budget_s)
+        grid = wanted.fitting(bench, note)
         profile = _products(bench, grid, progress, model=model, command=command)
-        profile = _whole_layers(bench, grid, profile, progress)
+        profile = _whole_layers(bench, grid, profile, progress, note)
         if float8:
-            bench = LayerBench(spec, device, dtype, grid.budget_s, float8=True)
+            bench = LayerBench(spec, device, dtype, wanted.budget_s, float8=True)
+            grid = wanted.fitting(bench, note)
             gemm = {bench.precision: _gemm(bench, grid)}
             grouped = {bench.precision: _grouped(bench, grid, progress)}
-            profile = replace(profile, gemm={**profile.gemm, **gemm}, grouped={**profile.grouped, **grouped})
-            profile = _whole_layers(bench, grid, profile, progress)
+            profile = replace(
+                profile,
+                gemm={**profile.gemm, **gemm},
+                grouped={**profile.grouped, **grouped},
+                choices=_choices(bench, grid, progress),
+            )
+            profile = _whole_layers(bench, grid, profile, progress, note)
         del bench
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -85,7 +105,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, command: str) -> MachineProfile:
+def _products(bench: LayerBench, grid: Grid, progress: Say, *, model: str, command: str) -> MachineProfile:
     """Everything that is measured on its own; the rest is still to be filled."""
     kind = bench.device.type
     progress("matrix products")
@@ -108,9 +128,11 @@ def _products(bench: LayerBench, grid: Grid, progress: Progress, *, model: str, 
         layer_overhead_s=0.0,
         transfers={},
         bank_bytes=0,
+        choices=_choices(bench, grid, progress),
     )
     progress("attention")
-    rows, chunk = max(grid.rows), profile.chunk_rows
+    rows = max(grid.rows)
+    chunk = rows if kind == "cuda" else profile.chunk_rows  # where a plan grows chunks if it can
     attention = curve([(length, bench.attention(length, rows, chunk)) for length in grid.lengths])
     return replace(profile, attention={bench.precision: attention})
 
@@ -119,29 +141,38 @@ def _gemm(bench: LayerBench, grid: Grid) -> Curve:
     return curve([(rows, bench.gemm(rows)) for rows in grid.rows])
 
 
-def _grouped(bench: LayerBench, grid: Grid, progress: Progress) -> Curve:
+def _grouped(bench: LayerBench, grid: Grid, progress: Say) -> Curve:
     progress(f"{bench.precision} expert products")
     per_expert = bench.spec.top_k / bench.spec.num_experts
     return curve([(rows * per_expert, bench.grouped(rows)) for rows in grid.rows])
 
 
-def _whole_layers(bench: LayerBench, grid: Grid, profile: MachineProfile, progress: Progress) -> MachineProfile:
-    """The best chunk, the fixed time of a layer, then what elementwise work reaches beside the products measured
-    alone.
-    """
+def _choices(bench: LayerBench, grid: Grid, progress: Say) -> dict[str, int]:
+    progress(f"rows that go through a {bench.precision} layer together")
+    return {"chunk_rows": _best_chunk(bench, grid)}
+
+
+def _whole_layers(bench: LayerBench, grid: Grid, profile: MachineProfile, progress: Say, note: Say) -> MachineProfile:
+    """The fixed time of a layer, then what elementwise work reaches beside the products measured alone."""
     precision = bench.precision
-    progress(f"rows that go through a {precision} layer together")
-    at_once = {**profile.elementwise, precision: Curve.constant(profile.memory_bandwidth)}
-    profile = replace(
-        profile, choices={"chunk_rows": _best_chunk(bench, grid)}, elementwise=at_once, layer_overhead_s=0.0
-    )
     progress(f"whole {precision} layers")
-    least_s = sum(layer_seconds(bench.spec, 0, layer_batch(_FEW_ROWS), profile, precision).values())
-    overhead_s = max(0.0, bench.layer(_FEW_ROWS, profile.chunk_rows) - least_s)
+    at_once = {**profile.elementwise, precision: Curve.constant(profile.memory_bandwidth)}
+    profile = replace(profile, elementwise=at_once, layer_overhead_s=0.0)
+    overhead_s = bench.layer(_FEW_ROWS, profile.chunk_rows)
+    if bench.device.type == "cpu":  # see ``MachineProfile.layer_s``
+        parts = layer_seconds(bench.spec, 0, layer_batch(_FEW_ROWS), profile, precision)
+        overhead_s = max(0.0, overhead_s - sum(parts.values()))
     profile = replace(profile, layer_overhead_s=overhead_s)
     sizes = sorted({*(rows for rows in grid.rows if rows > _FEW_ROWS), profile.chunk_rows})
-    fitted = curve([(rows, bench.elementwise(profile, rows)) for rows in sizes])
-    return replace(profile, elementwise={**profile.elementwise, precision: fitted})
+    fitted = {rows: bench.elementwise(profile, rows) for rows in sizes}
+    for rows, (_, too_long) in fitted.items():
+        if too_long > 1 - _SAME:
+            note(
+                f"{precision}: the parts of a layer of {rows:,} rows take {too_long:.0%} longer alone than in it, and "
+                "predictions by as much"
+            )
+    rates = curve([(rows, rate) for rows, (rate, _) in fitted.items()])
+    return replace(profile, elementwise={**profile.elementwise, precision: rates})
 
 
 def _best_chunk(bench: LayerBench, grid: Grid) -> int:

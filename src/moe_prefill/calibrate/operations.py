@@ -25,11 +25,15 @@ from ..machine import Curve, MachineProfile
 from ..memory import memory_plan
 from ..models.decoder import Decoder
 from ..models.weights import ExpertBank, LayerWeights, weights_from_slots
+from ..ops.expert_rows import expert_rows
+from ..residency.speed import with_chunks
 from ..shapes import Shape, bank_shapes, block_slots, float8_slots, slot_shapes
 from .timing import seconds
 
 _FIT_LENGTH = 256  # tokens a request of the whole layers that are timed: attention is a small part of them
 _VOCABULARY = 64  # the embedding is not measured
+_HIDDEN = 1.1  # a layer of up to so many times its fixed time hides what it computes
+_INPUTS = 2  # a product measured alone has inputs of its own, which in a sweep are what came before it
 
 
 def one_layer(spec: ModelSpec) -> ModelSpec:
@@ -38,6 +42,12 @@ def one_layer(spec: ModelSpec) -> ModelSpec:
     if sparse is None:
         raise UsageError(f"this {spec.family} model has no layer with experts: there is nothing to calibrate for")
     return replace(spec, layers=(replace(sparse, window=None),), vocab_size=_VOCABULARY, tie_embeddings=True)
+
+
+def without_feed_forward(spec: ModelSpec) -> ModelSpec:
+    """The same layers with attention alone."""
+    layers = tuple(replace(layer, sparse=False) for layer in spec.layers)
+    return replace(spec, layers=layers, dense_size=0, shared_size=0)
 
 
 class LayerBench:
@@ -52,6 +62,15 @@ class LayerBench:
         self._decoder = Decoder(self.spec)
         self.precision = "float8" if float8 else str(dtype).removeprefix("torch.")
 
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows at a time leave a GPU memory; a CPU swaps, which shows."""
+        if self.device.type != "cuda":
+            return True
+        needed = _INPUTS * memory_plan(self.spec, self.dtype.itemsize, rows, rows).num_bytes
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return needed <= free + cached
+
     def gemm(self, rows: int) -> float:
         """FLOP/s of the QKV and output projections on ``rows`` rows, float8 rows being quantised on the way."""
         attention = self._layer.attention
@@ -61,15 +80,20 @@ class LayerBench:
         return 2 * rows * sum(math.prod(matrix.shape) for matrix in (attention.qkv, attention.out)) / taken_s
 
     def grouped(self, tokens: int) -> float:
-        """FLOP/s of both expert projections on ``tokens`` tokens, spread at random over the experts."""
+        """FLOP/s of both expert projections on ``tokens`` tokens, spread at random over the experts, by the kernels of
+        an engine: in the weights' own precision rows are gathered and activated within them.
+        """
         spec = self.spec
         ids_TK = torch.rand(tokens, spec.num_experts, device=self.device).topk(spec.top_k).indices
         return 6 * ids_TK.numel() * spec.hidden_size * spec.expert_size / self._expert_seconds(ids_TK)
 
     def _expert_seconds(self, ids_TK: torch.Tensor) -> float:
-        """Of the products alone; rows that only align count as time, not as work."""
+        """Rows that only align count as time, not as work."""
         spec, scales = self.spec, self._bank.scales
-        if scales is not None and scales[0].ndim == 4:
+        if scales is None:
+            x_TD, order = self._random(len(ids_TK), spec.hidden_size), ops.order_by_expert(ids_TK, spec.num_experts)
+            return self._seconds(lambda: expert_rows(x_TD, order, self._bank.gate_up, self._bank.down))
+        if scales[0].ndim == 4:
             bank, rows = (
                 ops.BlockBank.of(self._bank.gate_up, self._bank.down, scales),
                 ops.aligned_rows(ids_TK, spec.num_experts),
@@ -81,8 +105,8 @@ class LayerBench:
             return taken_s + self._seconds(lambda: bank.times_down(*hidden, rows.expert, self.dtype))
         ends = torch.bincount(ids_TK.flatten(), minlength=spec.num_experts).cumsum(0).to(torch.int32)
         x_RD, hidden_RI = (self._random(ids_TK.numel(), n) for n in (spec.hidden_size, spec.expert_size))
-        taken_s = self._expert_product(x_RD, self._bank.gate_up, self._bank.gate_up_scale, ends)
-        return taken_s + self._expert_product(hidden_RI, self._bank.down, self._bank.down_scale, ends)
+        taken_s = self._scaled_product(x_RD, self._bank.gate_up, scales[0], ends)
+        return taken_s + self._scaled_product(hidden_RI, self._bank.down, scales[1], ends)
 
     def attention(self, length: int, tokens: int, chunk_rows: int) -> float:
         """FLOP/s of causal attention over sequences of about ``length`` tokens, ``tokens`` in all or one sequence, as a
@@ -116,16 +140,27 @@ class LayerBench:
             requests, [""] * len(requests), self.spec, SHARE_NOTHING, memory, self.device, prune_last=False
         )
 
-    def elementwise(self, profile: MachineProfile, tokens: int) -> float:
-        """Bytes/s that all of a layer but its products reaches: what its time leaves beside theirs, which ``profile``
-        knows. At most the bandwidth of a plain copy.
+    def elementwise(self, profile: MachineProfile, tokens: int) -> tuple[float, float]:
+        """Bytes/s that all of a layer but its products reaches on ``tokens`` rows at once; and by which share of the
+        layer's time its parts take longer alone.
+
+        What the layer's time leaves beside the products, which ``profile`` knows, is its time; but at least that of the
+        bytes outside of the feed-forward, whose gather and activation may be in the products already, at the bandwidth
+        of a plain copy. Nothing is known of it where a layer takes no longer than its launches.
         """
-        batch = layer_batch(tokens)
-        parts = layer_seconds(self.spec, 0, batch, profile, self.precision)
-        known_s = sum(taken for part, taken in parts.items() if part != "elementwise") + profile.layer_overhead_s
-        moved = layer_work(self.spec, 0, batch, self.precision)["elementwise"].bytes
-        left_s = self.layer(tokens, profile.chunk_rows) - known_s
-        return moved / max(left_s, moved / profile.memory_bandwidth)
+        batch, at_once = layer_batch(tokens), with_chunks(profile, tokens)
+        parts = layer_seconds(self.spec, 0, batch, at_once, self.precision)
+        known_s = sum(taken for part, taken in parts.items() if part != "elementwise")
+        moved, least = (
+            layer_work(spec, 0, batch, self.precision)["elementwise"].bytes
+            for spec in (self.spec, without_feed_forward(self.spec))
+        )
+        least_s = least / profile.memory_bandwidth
+        taken_s = self.layer(tokens, tokens)
+        if taken_s <= _HIDDEN * profile.layer_overhead_s:
+            return moved / least_s, 0.0
+        left_s = taken_s - known_s - (profile.layer_overhead_s if self.device.type == "cpu" else 0.0)
+        return moved / max(left_s, least_s), max(0.0, least_s - left_s) / taken_s
 
     def memory(self, num_bytes: int) -> float:
         """Bytes/s of a plain copy within the device, read and written."""
@@ -133,13 +168,12 @@ class LayerBench:
         target = torch.empty_like(source)
         return 2 * num_bytes / self._seconds(lambda: target.copy_(source))
 
-    def _expert_product(
-        self, rows_RC: torch.Tensor, weight_ENC: torch.Tensor, scale_EN: torch.Tensor | None, ends: torch.Tensor
+    def _scaled_product(
+        self, rows_RC: torch.Tensor, weight_ENC: torch.Tensor, scale_EN: torch.Tensor, ends: torch.Tensor
     ) -> float:
-        if scale_EN is None:
-            return self._seconds(lambda: ops.grouped_mm(rows_RC, weight_ENC, ends))
-        values_RC, scale_R = ops.quantize_rows(rows_RC)
-        return self._seconds(lambda: ops.scaled_grouped_mm(values_RC, scale_R, weight_ENC, scale_EN, ends, self.dtype))
+        """Of rows that are quantised already, where the device multiplies such."""
+        rows, scale_R = ops.quantize_rows(rows_RC) if ops.has_float8(self.device) else (rows_RC, None)
+        return self._seconds(lambda: ops.scaled_grouped_mm(rows, scale_R, weight_ENC, scale_EN, ends, self.dtype))
 
     def _seconds(self, work: Callable[[], object]) -> float:
         return seconds(work, self.device, self._budget_s)

@@ -50,6 +50,7 @@ def calibrate(
     spec, _ = open_model(model, "dummy", layers)
     computed = pick_dtype(dtype, spec, target)
     console, notes = Console(highlight=False, width=_width()), Console(stderr=True, highlight=False)
+    said: list[str] = []
     with notes.status("calibrating") as status:
         profile = measure(
             spec,
@@ -59,7 +60,10 @@ def calibrate(
             command=shlex.join(["moe-prefill", *sys.argv[1:]]),
             float8=quantization == "fp8",
             progress=lambda step: status.update(f"measuring {step}"),
+            note=said.append,
         )
+    for line in said:
+        notes.print(line, markup=False, soft_wrap=True)
     if output is not None:
         save_profile(profile, output)
     ranks = _ranks(profile)
@@ -108,8 +112,8 @@ def _rows(profile: MachineProfile) -> Iterator[tuple[str, ...]]:
     memory = sheet.memory if sheet else None
     yield "memory, read + write", "", *_bytes(profile.memory_bandwidth, memory)
     for precision, curve in profile.elementwise.items():
-        for size, rate in zip(curve.sizes, curve.rates, strict=True):
-            yield f"elementwise {precision}", f"{size:,.0f} rows", *_bytes(rate, memory)
+        for size, rate in zip(curve.sizes, curve.rates, strict=True):  # no share: what is fused moves fewer bytes
+            yield f"elementwise {precision}", f"{size:,.0f} rows", *_bytes(rate, None)
     links: dict[str, float] = {}
     if sheet:  # a local copy reads and writes each byte
         links = {"host": sheet.host, "copy-engine": sheet.peer, "nccl": sheet.peer, "local": sheet.memory / 2}
