@@ -117,10 +117,13 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
             "small": pa.array([1, 2, None], pa.int8()),
             "nan": pa.array([float("nan"), 1.5, None]),
             "large": pa.array(["x", None, "y"], pa.large_string()),
+            "tags": pa.array([["x"], ["y", "x"], None], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+            "single": pa.array([0.1, -0.0, None], pa.float32()),
+            "pair": pa.array([[datetime.date(2024, 1, 2)] * 2, None, None], pa.list_(pa.date32(), 2)),
         }
     )
     source = tmp_path / "in.parquet"
-    pq.write_table(table, source)
+    pq.write_table(table, source, row_group_size=2)
     read = pq.read_table(source)
     run(source, tmp_path / "out.parquet", window_rows=2)
     output = pq.read_table(tmp_path / "out.parquet")
@@ -132,6 +135,7 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
     assert first["when"].startswith("1970-01-01 00:00:00.000000001")
     assert (first["day"], first["price"], first["word"], first["raw"]) == ("2024-01-02", "1.10", "x", "AP8=")
     assert first["nested"]["a"] == [1, 2]
+    assert (first["tags"], first["single"], first["pair"]) == (["x"], 0.1, ["2024-01-02"] * 2)
     assert first["nan"] is None
     assert (second["nan"], second["nested"], second["small"]) == (1.5, None, 2)
     run(source, tmp_path / "out.csv")

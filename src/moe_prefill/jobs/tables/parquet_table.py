@@ -91,10 +91,11 @@ class ParquetTable(Table):
         for path in self.files[first_file:]:
             with _open(path) as file:
                 groups, skip = _groups_from(file, skip)
-                for batch in file.iter_batches(_READ_ROWS, row_groups=groups):
-                    taken = min(skip, batch.num_rows)
-                    skip -= taken
-                    yield _table(batch.slice(taken), self._schema)
+                for group in groups:  # one at a time: Arrow joins no lists of dictionary values over two of them
+                    for batch in file.iter_batches(_READ_ROWS, row_groups=[group]):
+                        taken = min(skip, batch.num_rows)
+                        skip -= taken
+                        yield _table(batch.slice(taken), self._schema)
             skip = 0
 
 
@@ -123,39 +124,44 @@ def _batch(table: pa.Table, columns: frozenset[str] | None) -> Batch:
 
 
 def plain_values(column: pa.ChunkedArray, name: str) -> list[object]:
-    """Python values that JSON has: times, dates and decimals become text, bytes stay bytes.
+    """Python values that JSON has: times, dates and decimals become text, bytes stay bytes, and numbers of single
+    precision the shortest that tell them apart (0.1, not 0.10000000149011612).
 
     Raises InputError for a type that has no such form.
     """
     import pyarrow as pa
 
     try:
-        plain = _plain(column.type)
-        values = column if plain == column.type else column.cast(plain)
-        return list(values.to_pylist(maps_as_pydicts="lossy"))
+        for kind in (_plain(column.type, pa.string()), _plain(column.type, pa.float64())):
+            column = column if column.type == kind else column.cast(kind)
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
     except (pa.ArrowException, NotImplementedError) as error:
         raise InputError(
             f"column {name!r} of type {column.type} has no text form ({error}); write Parquet or drop it"
         ) from error
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type to cast to before Python sees the values; independent of whether pandas is installed."""
+def _plain(kind: pa.DataType, single: pa.DataType) -> pa.DataType:
+    """The type to cast to before Python sees the values, with ``single`` in the place of single precision; independent
+    of whether pandas is installed.
+    """
     import pyarrow as pa
     import pyarrow.types as is_type
 
+    if is_type.is_float32(kind):
+        return single
     if is_type.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return _plain(kind.value_type, single)
     if is_type.is_temporal(kind) or is_type.is_decimal(kind):
         return pa.string()
-    if is_type.is_list(kind) or is_type.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
+    if is_type.is_list(kind) or is_type.is_large_list(kind) or is_type.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type, single))
     if is_type.is_struct(kind):
-        return pa.struct([pa.field(f.name, _plain(f.type)) for f in kind])
+        return pa.struct([pa.field(f.name, _plain(f.type, single)) for f in kind])
     if is_type.is_map(kind):
         if not (is_type.is_string(kind.key_type) or is_type.is_large_string(kind.key_type)):
             raise pa.ArrowNotImplementedError("the keys of the map are not strings")
-        return pa.map_(kind.key_type, _plain(kind.item_type))
+        return pa.map_(kind.key_type, _plain(kind.item_type, single))
     return kind
 
 
