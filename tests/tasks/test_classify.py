@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -178,6 +179,21 @@ def test_too_long_says_numbers_and_remedy(small: Tokenizer) -> None:
     assert isinstance(error, RowError)
     assert "longest request is 200" in str(error)
     assert "(truncate: left, right or middle)" in str(error)
+
+
+def test_many_labels_do_not_multiply_the_memory_of_texts(small: Tokenizer) -> None:
+    """A context is held once, not once for each label; so are prompts that are too long, whose requests nobody asks."""
+    labels = tuple(Label(name=f"n{i}", word=f"{i} dog") for i in range(300))
+    task = build_task(ClassifyConfig(labels=labels, template="{text}. Answer:"), small, LIMITS)
+    rows = [{"text": f"{i} " + "the quick brown fox " * 200} for i in range(30)]
+    tracemalloc.start()
+    try:
+        errors = task.prepare(rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {error.code for error in errors if isinstance(error, RowError)} == {"too_long"}
+    assert peak < 12_000_000 < len(rows) * len(labels) * len(rows[0]["text"]), peak
 
 
 @pytest.mark.parametrize("side", ["left", "right", "middle"])

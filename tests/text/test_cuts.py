@@ -49,7 +49,7 @@ def test_pieces_equal_the_whole(name: str, head: str, middle: str, tails: list[s
     tokenizer = real(name)
     context = head + middle
     whole = [context, *(context + tail for tail in tails)]
-    related = tokenizer.encode_related(whole, [(len(head), len(context))] * len(whole))
+    (related,) = tokenizer.encode_continued([(context, len(head), tails)])
     for text, ids, expected in zip(whole, related, tokenizer.encode_batch(whole), strict=True):
         assert ids.tolist() == expected.tolist(), (text, len(head), len(context))
 
@@ -77,8 +77,9 @@ def test_other_layouts(layout: str, data: st.DataObject) -> None:
     tokenizer = _layout(layout)
     assert tokenizer._cuts is not None
     context = data.draw(texts)
-    whole = [context, *(context + tail for tail in data.draw(st.lists(texts, min_size=1, max_size=3)))]
-    related = tokenizer.encode_related(whole, [(len(context) // 2, len(context))] * len(whole))
+    tails = data.draw(st.lists(texts, min_size=1, max_size=3))
+    whole = [context, *(context + tail for tail in tails)]
+    (related,) = tokenizer.encode_continued([(context, len(context) // 2, tails)])
     for text, ids, expected in zip(whole, related, tokenizer.encode_batch(whole), strict=True):
         assert ids.tolist() == expected.tolist(), (text, len(context))
 

@@ -18,7 +18,7 @@ from .windows import Window
 if TYPE_CHECKING:
     from ..tasks import Task
 
-_CHUNK_ROWS = 256  # rows prepared at a time
+_FIRST_ROWS, _MOST_ROWS = 16, 256  # rows prepared at a time, of a window's first chunk and at most
 # Prompt tokens of one call to the engine, in sweeps before sharing: bounds memory when rows have many candidates.
 _GROUP_SWEEPS = 64
 
@@ -47,14 +47,18 @@ def groups_of(window: Window, batch: Batch, task: Task, limits: EngineLimits) ->
     """Prepare a window, cut where its requests exceed the group size: a function of rows, task and limits only."""
     budget = limits.max_sweep_tokens * _GROUP_SWEEPS
     held: list[Prepared] = []
-    tokens = 0
-    for start in range(0, len(batch.rows), _CHUNK_ROWS):
+    start = tokens = 0
+    num_rows = _FIRST_ROWS
+    while start < len(batch.rows):
         if tokens >= budget:
             yield Group(window, batch, held, last=False)
             held, tokens = [], 0
-        chunk = _prepare(task, batch, start, min(start + _CHUNK_ROWS, len(batch.rows)))
-        tokens += sum(len(r.tokens) for row in chunk if isinstance(row, PreparedRow) for r in row.requests)
+        chunk = _prepare(task, batch, start, min(start + num_rows, len(batch.rows)))
+        chunk_tokens = sum(len(r.tokens) for row in chunk if isinstance(row, PreparedRow) for r in row.requests)
         held += chunk
+        start += len(chunk)
+        tokens += chunk_tokens
+        num_rows = min(2 * num_rows, _MOST_ROWS, max(1, budget * len(chunk) // max(1, chunk_tokens)))
     yield Group(window, batch, held, last=True)
 
 

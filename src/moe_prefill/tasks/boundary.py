@@ -6,12 +6,12 @@ front of the labels, as lm-evaluation-harness does it, and the rule is tried aga
 context, the row is an error, unless the user asked for "split": both sides are then tokenised alone and put together.
 
 Cost: a context is tokenised once; for each label only the last word of the context and the label are tokenised again
-(``Tokenizer.encode_related``), and equal ones once for all rows of a call.
+(``Tokenizer.encode_continued``), and equal ones once for all rows of a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,25 +43,30 @@ def split_spots(
     tokenizer: Tokenizer, spots: Sequence[Spot], mode: Boundary = "strict", *, add_bos: bool = True
 ) -> list[Split | RowError]:
     """Apply the rule to every spot, in order."""
-    wholes = _encode(tokenizer, spots, add_bos)
-    split = [_split(rows[0], rows[1:]) for rows in wholes]
-    failed = [i for i, found in enumerate(split) if found is None]
-    moved = {i: spots[i].context.rstrip() for i in failed}
-    shorter = tokenizer.encode_batch(list(moved.values()), add_special_tokens=add_bos)
-    for i, context in zip(failed, shorter, strict=True):
-        split[i] = _split(context, wholes[i][1:])
-    return [found or _unsplit(tokenizer, spots[i], wholes[i], mode) for i, found in enumerate(split)]
+    split = _try(tokenizer, spots, add_bos)
+    moved = {i: _moved(spots[i]) for i, found in enumerate(split) if found is None and spots[i].context[-1:].isspace()}
+    again = _try(tokenizer, list(moved.values()), add_bos)
+    for i, found in zip(moved, again, strict=True):
+        split[i] = found
+    return [found or _unsplit(tokenizer, spots[i], mode, add_bos) for i, found in enumerate(split)]
 
 
-def _encode(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> list[list[Int32Array]]:
+def _try(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> list[Split | None]:
+    """The first step of the rule."""
+    return [_split(rows[0], rows[1:]) for rows in _encode(tokenizer, spots, add_bos)]
+
+
+def _moved(spot: Spot) -> Spot:
+    """The same texts with the context's trailing white space at the front of the labels."""
+    context = spot.context.rstrip()
+    space = spot.context[len(context) :]
+    return Spot(context, tuple(space + label for label in spot.labels), min(spot.shared, len(context)))
+
+
+def _encode(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> Iterator[list[Int32Array]]:
     """For every spot the ids of its context, then of the context with each label."""
-    texts, shared = [], []
-    for spot in spots:
-        for label in ("", *spot.labels):
-            texts.append(spot.context + label)
-            shared.append((spot.shared, len(spot.context)))
-    flat = iter(tokenizer.encode_related(texts, shared, add_special_tokens=add_bos))
-    return [[next(flat) for _ in range(len(spot.labels) + 1)] for spot in spots]
+    texts = ((spot.context, spot.shared, spot.labels) for spot in spots)
+    return tokenizer.encode_continued(texts, add_special_tokens=add_bos)
 
 
 def _split(context: Int32Array, wholes: Sequence[Int32Array]) -> Split | None:
@@ -71,7 +76,8 @@ def _split(context: Int32Array, wholes: Sequence[Int32Array]) -> Split | None:
     return Split(context, tuple(tuple(whole[size:].tolist()) for whole in wholes))
 
 
-def _unsplit(tokenizer: Tokenizer, spot: Spot, ids: Sequence[Int32Array], mode: Boundary) -> Split | RowError:
+def _unsplit(tokenizer: Tokenizer, spot: Spot, mode: Boundary, add_bos: bool) -> Split | RowError:
+    (ids,) = _encode(tokenizer, [spot], add_bos)
     context = ids[0]
     if not len(context):
         return RowError("empty_text", "the context has no tokens; give the prompt some text before its labels")

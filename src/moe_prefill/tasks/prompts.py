@@ -6,6 +6,7 @@ own texts until the prompt fits, at its left end, right end or middle.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,14 +34,18 @@ class Ask:
     items: tuple[str, ...] = ()  # the row's options or candidates, for the task to name in its answer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # no slots: of what is computed once
 class Asked:
     """Prompts of one row, ready: for each variant its ids, its plan and its requests."""
 
     splits: tuple[Split, ...]
     plans: tuple[LabelPlan, ...]
-    requests: tuple[tuple[AtomicRequest, ...], ...]
     notes: tuple[str, ...]
+
+    @functools.cached_property
+    def requests(self) -> tuple[tuple[AtomicRequest, ...], ...]:
+        """Made when they are asked for: those of many labels hold the context as often, also where it is too long."""
+        return tuple(plan.requests(split.context) for plan, split in zip(self.plans, self.splits, strict=True))
 
     @property
     def all_requests(self) -> tuple[AtomicRequest, ...]:
@@ -143,8 +148,7 @@ class Prompter:
             check_vocabulary(split.context, self.tokenizer, self._vocab_size)
             closed.append(self._closed(split))
         plans = [self._plan(split, ask.names) for split in closed]
-        requests = tuple(plan.requests(split.context) for plan, split in zip(plans, closed, strict=True))
-        return Asked(tuple(closed), tuple(plans), requests, notes)
+        return Asked(tuple(closed), tuple(plans), notes)
 
     def _closed(self, split: Split) -> Split:
         if not self._end_ids:

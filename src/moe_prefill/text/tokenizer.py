@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,10 @@ import numpy.typing as npt
 from ..core import Int32Array
 from .cuts import make_cut_rule
 from .files import TokenizerFiles, load_files
+
+# A context, how many of its first characters other contexts share, and what may follow it.
+Continued = tuple[str, int, Sequence[str]]
+_PART_CHARS = 1 << 23  # of text that is encoded in one go
 
 
 class Tokenizer:
@@ -56,22 +60,38 @@ class Tokenizer:
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return [self._with_prefix(row) for row in ids] if add_special_tokens else ids
 
-    def encode_related(
-        self, texts: Sequence[str], shared: Sequence[Sequence[int]], *, add_special_tokens: bool = True
-    ) -> list[Int32Array]:
-        """Ids of each text, the same as ``encode_batch`` gives, but parts that texts have in common cost once.
+    def encode_continued(
+        self, contexts: Iterable[Continued], *, add_special_tokens: bool = True
+    ) -> Iterator[list[Int32Array]]:
+        """For each context the ids of its text alone, then of its text with each continuation: int32 [T] each.
 
-        ``shared[i]`` are lengths of ``texts[i]`` in characters, ascending, up to which it equals some other text. Each
-        text is cut at the last safe place before each length; where the tokenizer has none, whole texts are encoded.
+        They are those of ``encode_batch``, but what texts have in common costs once: a context is cut at the last safe
+        place before its end, and only what follows is encoded again with each continuation. Where the tokenizer has no
+        such place, whole texts are encoded. At most ``_PART_CHARS`` of text are held beside the ids of one context.
         """
         index: dict[str, int] = {}
-        plans = [
-            [index.setdefault(piece, len(index)) for piece in self._pieces(text, lengths)]
-            for text, lengths in zip(texts, shared, strict=True)
-        ]
-        ids = self.encode_batch(list(index), add_special_tokens=False)
-        joined = [ids[plan[0]] if len(plan) == 1 else np.concatenate([ids[i] for i in plan]) for plan in plans]
-        return [self._with_prefix(row) for row in joined] if add_special_tokens else joined
+        plans: list[tuple[list[int], list[int]]] = []
+        chars = 0
+        for text, shared, continuations in contexts:
+            *heads, tail = self._pieces(text, (shared, len(text)))
+            tails = [tail, *(tail + continuation for continuation in continuations)]
+            chars += sum(len(piece) for piece in (*heads, *tails) if piece not in index)
+            plan = [[index.setdefault(piece, len(index)) for piece in pieces] for pieces in (heads, tails)]
+            plans.append((plan[0], plan[1]))
+            if chars > _PART_CHARS:
+                yield from self._joined(list(index), plans, add_special_tokens)
+                index, plans, chars = {}, [], 0
+        yield from self._joined(list(index), plans, add_special_tokens)
+
+    def _joined(
+        self, pieces: list[str], plans: list[tuple[list[int], list[int]]], add_special_tokens: bool
+    ) -> Iterator[list[Int32Array]]:
+        """Of each plan its head pieces with each of its tails."""
+        ids = self.encode_batch(pieces, add_special_tokens=False)
+        for heads, tails in plans:
+            head = [ids[i] for i in heads]
+            rows = [np.concatenate([*head, ids[i]]) if head else ids[i] for i in tails]
+            yield [self._with_prefix(row) for row in rows] if add_special_tokens else rows
 
     def encode_continuation(self, text: str) -> Int32Array:
         """Ids of a text as if it followed another, with no regard to how the two would merge: int32 [T]."""
