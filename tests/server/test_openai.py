@@ -1,5 +1,6 @@
 """/v1/completions and /v1/chat/completions as their clients read them, beside the engine's own values."""
 
+import json
 from operator import itemgetter
 
 import numpy as np
@@ -234,6 +235,9 @@ def test_what_is_refused_says_why(http, change, code):
     error = reply.json()["error"]
     assert error["code"] == code
     assert error["message"]
+    if code == "unsupported":
+        ((name, value),) = change.items()
+        assert error["message"].startswith(f"{name} is {json.dumps(value)}, which this server does not do")
 
 
 def test_an_unknown_model_is_not_found(client):

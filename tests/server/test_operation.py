@@ -101,6 +101,7 @@ def test_drain_answers_what_is_queued_and_refuses_what_comes(make_service, token
         wait_for(lambda: service.scheduler.state == "draining")
         late = http.post("/v1/completions", json=BODY)
         assert (late.status_code, http.get("/ready").status_code, http.get("/health").status_code) == (503, 503, 200)
+        assert [http.head(path).status_code for path in ("/ready", "/health")] == [503, 200]
         assert "retry-after" in late.headers
         engine.gate.set()
         drained.join()

@@ -257,10 +257,12 @@ def _add_operation_routes(app: FastAPI, door: Door) -> None:
     scheduler = door.service.scheduler
 
     @app.get("/health", summary="Whether the engine is alive.")
+    @app.head("/health", include_in_schema=False)  # as load balancers ask
     async def health() -> Response:
         return _state(503 if scheduler.state == "failed" else 200, scheduler.state)
 
     @app.get("/ready", summary="Whether requests are taken in.")
+    @app.head("/ready", include_in_schema=False)  # as load balancers ask
     async def ready() -> Response:
         return _state(200 if scheduler.state == "ready" else 503, scheduler.state)
 

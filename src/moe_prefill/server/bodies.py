@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -49,10 +50,11 @@ def refuse_fields(body: dict[str, Any], refused: dict[str, tuple[object, ...]]) 
             and value is not None
             and not any(value == one and type(value) is type(one) for one in harmless)
         ):
+            met = json.dumps(value, ensure_ascii=False)[:60]
             raise bad_request(
                 "unsupported",
-                f"{name} is {str(value)[:60]!r}, which this server does not do: it scores prompts in one forward pass "
-                f"and generates at most one token; leave {name} out",
+                f"{name} is {met}, which this server does not do: it scores prompts in one forward pass and generates "
+                f"at most one token; leave {name} out",
                 name,
             )
 
@@ -73,7 +75,8 @@ def prompts_of(context: Context, value: object, param: str, *, add_special_token
         return context.encode(texts, param, add_special_tokens=add_special_tokens)
     if all(isinstance(entry, list) for entry in value):
         return [context.ids(entry, f"{param}[{index}]") for index, entry in enumerate(value)]
-    raise bad_request("bad_prompt", f"{param} mixes texts and token ids; all its entries are of one kind", param)
+    said = "mixes kinds of entries, or has one that is none: all are texts, token ids or lists of token ids"
+    raise bad_request("bad_prompt", f"{param} {said}", param)
 
 
 def texts_of(context: Context, value: object, param: str) -> list[str]:
