@@ -1,7 +1,7 @@
 """What a sweep holds in memory, and how large a sweep fits into given bytes. Torch-free.
 
-Live during a sweep: the residual, K and V of one layer and the rope tables for every token; one chunk's activations;
-one block of LM head logits. Weights, banks and the pool of prefixes are counted elsewhere (``residency``).
+Live during a sweep: the residual, its norm, K and V of one layer and the rope tables for every token; one chunk's
+activations; one block of LM head logits. Weights, banks and the pool of prefixes are counted elsewhere (``residency``).
 """
 
 from __future__ import annotations
@@ -182,8 +182,10 @@ def kv_block_bytes(spec: ModelSpec, element: int) -> int:
 
 
 def token_bytes(spec: ModelSpec, element: int) -> int:
-    """Bytes that every token of a sweep holds: residual, K, V, rope tables, ids and positions."""
-    return element * (spec.hidden_size + spec.rope.dim) + key_bytes(spec, element) + 16
+    """Bytes that every token of a sweep holds: the residual and its norm (less where that is float8), K, V, rope
+    tables, ids and positions.
+    """
+    return element * (2 * spec.hidden_size + spec.rope.dim) + key_bytes(spec, element) + 16
 
 
 def chunk_row_bytes(spec: ModelSpec, element: int) -> int:

@@ -14,9 +14,9 @@ import torch
 from ..core import ModelSpec
 from ..errors import ModelError
 from ..models.common.names import required
-from ..models.decoder import Decoder, Rope
+from ..models.decoder import Decoder, LayerOutput, Rope
 from ..models.weights import AttentionWeights, ExpertBank, LayerWeights, ModelWeights
-from ..ops import FLOAT8
+from ..ops import FLOAT8, Rows
 from .quantized import Quantized
 
 _NAMED = 5  # how many tensors an error names
@@ -68,12 +68,12 @@ class WatchedDecoder(Decoder):
         self._notes: list[Note] = []  # chunks may be computed side by side: lists grow safely
 
     def keys_values(
-        self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope, out_T2Gd: torch.Tensor | None = None
+        self, weights: AttentionWeights, normed_TD: Rows, rope: Rope, out_T2Gd: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._note(weights, 0, super().keys_values(weights, x_TD, rope, out_T2Gd))
+        return self._note(weights, 0, super().keys_values(weights, normed_TD, rope, out_T2Gd))
 
-    def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
-        return self._note(weights, 1, super().queries(weights, x_TD, rope))
+    def queries(self, weights: AttentionWeights, normed_TD: Rows, rope: Rope) -> torch.Tensor:
+        return self._note(weights, 1, super().queries(weights, normed_TD, rope))
 
     def add_attended_(self, layer: LayerWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         self._note(layer.attention, 2, attended_THd)
@@ -87,10 +87,10 @@ class WatchedDecoder(Decoder):
         x_TD: torch.Tensor,
         normed_TD: torch.Tensor,
         bank: ExpertBank | None,
-        out_TD: torch.Tensor,
+        out: LayerOutput,
     ) -> None:
-        super().feed_forward(layer, x_TD, normed_TD, bank, out_TD)
-        self._note(layer.attention, 4, out_TD)
+        super().feed_forward(layer, x_TD, normed_TD, bank, out)
+        self._note(layer.attention, 4, out.residual)
 
     def take_notes(self) -> list[Note]:
         """Those of everything computed since the last call; still being computed on a GPU."""

@@ -13,7 +13,7 @@ import torch
 
 from .. import ops
 from ..experts import BankSource
-from ..models.decoder import Decoder, Rope
+from ..models.decoder import Decoder, Hidden, LayerOutput, Rope
 from ..models.weights import ExpertBank, LayerWeights, ModelWeights
 from .cores import ONE_BY_ONE, Cores
 from .head import HeadPlan
@@ -51,17 +51,17 @@ def run_sweep(
     """Compute what the plan asks; returns tensors still being computed on the current stream. ``on_layer`` is called
     when a layer has been enqueued. ``pool`` has what the plan reads from it and takes what it leaves.
     """
-    x = weights.embed.index_select(0, plan.tokens)
-    rope = rope_rows(plan, x.dtype)
+    hidden = embedded(plan, decoder, weights)
+    rope = rope_rows(plan, hidden.residual.dtype)
     banks.begin_sweep()
-    for index, layer in enumerate(weights.layers):
+    for index, (layer, ahead) in enumerate(weights.with_next):
         bank = banks.acquire(index)
-        x = run_layer(plan, decoder, layer, bank, index, x, rope, cores, pool)
+        hidden = run_layer(plan, decoder, layer, ahead, bank, index, hidden, rope, cores, pool)
         banks.release(index)
         if on_layer is not None:
             on_layer()
     banks.end_sweep()
-    return read_head(plan, decoder, weights, x)
+    return read_head(plan, decoder, weights, hidden.residual)
 
 
 def run_without_tokens(
@@ -77,59 +77,71 @@ def run_without_tokens(
     banks.end_sweep()
 
 
+def embedded(plan: SweepPlan, decoder: Decoder, weights: ModelWeights) -> Hidden:
+    """The tokens' embeddings, and their norm for the first layer."""
+    return decoder.hidden(weights.layers[0].attention, weights.embed.index_select(0, plan.tokens))
+
+
 def run_layer(
     plan: SweepPlan,
     decoder: Decoder,
     layer: LayerWeights,
+    ahead: LayerWeights | None,
     bank: ExpertBank | None,
     index: int,
-    x_TD: torch.Tensor,
+    hidden: Hidden,
     rope: Rope,
     cores: Cores = ONE_BY_ONE,
     pool: PoolTensors | None = None,
-) -> torch.Tensor:
-    """The residual after layer ``index``: ``x_TD`` itself, overwritten, or in the last layer only the rows it
-    carries.
+) -> Hidden:
+    """The rows after layer ``index``, normed for the layer ``ahead``: ``hidden`` overwritten, or in the last layer only
+    the rows that it carries.
     """
-    kv = keys_values(plan, decoder, layer, x_TD, rope, cores)
+    x_TD, normed = hidden.residual, hidden.normed
+    assert normed is not None, "a layer needs the norm of its input"
+    kv = keys_values(plan, decoder, layer, hidden, rope, cores)
     if plan.pool is not None:
         assert pool is not None
         pool.exchange(index, plan.pool, kv)
     k, v = kv.unbind(1)
     last = index == decoder.spec.num_layers - 1
     chunks = plan.last_chunks if last else plan.chunks_by_window[decoder.spec.layers[index].window]
-    out = x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD
+    out = LayerOutput(
+        x_TD.new_empty(plan.last_rows, x_TD.shape[1]) if last else x_TD,
+        None if ahead is None else decoder.norm_into(ahead.attention, normed),
+    )
 
     def compute(chunk: DeviceChunk) -> None:
         residual = x_TD[chunk.rows]
-        q = decoder.queries(layer.attention, residual, rope[chunk.rows])
+        q = decoder.queries(layer.attention, normed[chunk.rows], rope[chunk.rows])
         attended = attend(decoder, q, k, v, chunk)
-        decoder.finish(layer, attended, residual, bank, out[chunk.target])
+        decoder.finish(layer, attended, residual, bank, out[chunk.target])  # only now its rows are overwritten
 
     cores.each(compute, chunks)
-    return out
+    return Hidden(out.residual, None if ahead is None else normed)
 
 
 def keys_values(
     plan: SweepPlan,
     decoder: Decoder,
     layer: LayerWeights,
-    x_TD: torch.Tensor,
+    hidden: Hidden,
     rope: Rope,
     cores: Cores = ONE_BY_ONE,
 ) -> torch.Tensor:
-    """K and V of every row, [N, 2, G, d], rows of the pool still unset: the only per-token memory of a layer beside
-    the residual.
+    """K and V of every row, [N, 2, G, d], rows of the pool still unset: with the rows between layers, the only
+    per-token memory of a layer.
     """
-    total = plan.forest.num_tokens
-    kv = x_TD.new_empty(total, 2, decoder.spec.num_kv_heads, decoder.spec.head_dim)
+    total, normed = plan.forest.num_tokens, hidden.normed
+    assert normed is not None, "a layer needs the norm of its input"
+    kv = hidden.residual.new_empty(total, 2, decoder.spec.num_kv_heads, decoder.spec.head_dim)
 
     def compute(block: RowBlock) -> None:
         rows, keys = block.rows, block.keys
         if isinstance(keys, slice):
-            decoder.keys_values(layer.attention, x_TD[rows], rope[rows], kv[keys])
+            decoder.keys_values(layer.attention, normed[rows], rope[rows], kv[keys])
         else:
-            kv[keys] = decoder.keys_values(layer.attention, x_TD[rows], rope[rows])
+            kv[keys] = decoder.keys_values(layer.attention, normed[rows], rope[rows])
 
     cores.each(compute, plan.row_blocks)
     return kv

@@ -28,6 +28,25 @@ class Rope:
         return Rope(self.cos[rows], self.sin[rows])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Hidden:
+    """Rows between layers: the residual [T, D], and its norm as the layer to come takes it. Both are overwritten."""
+
+    residual: torch.Tensor
+    normed: ops.Rows | None  # None: no layer is to come
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerOutput:
+    """Where a layer writes rows: the residual [T, D] and, where a layer is to come, its norm."""
+
+    residual: torch.Tensor
+    norm: ops.NormInto | None = None
+
+    def __getitem__(self, rows: slice) -> LayerOutput:
+        return LayerOutput(self.residual[rows], None if self.norm is None else self.norm[rows])
+
+
 class Decoder:
     """Pure functions of rows and weights for one ModelSpec."""
 
@@ -37,23 +56,31 @@ class Decoder:
         self._q_width = spec.num_heads * spec.head_dim
         self._kv_width = spec.num_kv_heads * spec.head_dim
 
+    def hidden(self, weights: AttentionWeights, x_TD: torch.Tensor) -> Hidden:
+        """Residual rows that no layer here has written, and their norm as the QKV product of the layer to come takes
+        it.
+        """
+        return Hidden(x_TD, ops.rms_norm_for(x_TD, weights.norm, self.spec.norm_eps, weights.qkv))
+
+    def norm_into(self, weights: AttentionWeights, out: ops.Rows) -> ops.NormInto:
+        """The norm for a layer to come, over rows that ``hidden`` gave: all layers' QKV products take one form."""
+        return ops.NormInto(weights.norm, self.spec.norm_eps, out)
+
     def keys_values(
-        self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope, out_T2Gd: torch.Tensor | None = None
+        self, weights: AttentionWeights, normed_TD: ops.Rows, rope: Rope, out_T2Gd: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Keys (normalised, rotated) and values of residual rows, [T, 2, G, d]; new, or computed in ``out``."""
-        normed = ops.rms_norm_for(x_TD, weights.norm, self.spec.norm_eps, weights.qkv)
-        out = None if out_T2Gd is None else out_T2Gd.view(len(x_TD), -1)
-        flat = self._project(weights, normed, self._q_width, self._q_width + 2 * self._kv_width, out)
+        """Keys (normalised, rotated) and values of normed rows, [T, 2, G, d]; new, or computed in ``out``."""
+        out = None if out_T2Gd is None else out_T2Gd.view(len(normed_TD), -1)
+        flat = self._project(weights, normed_TD, self._q_width, self._q_width + 2 * self._kv_width, out)
         both = flat.view(len(flat), 2, -1, self.spec.head_dim)
         self._shape(flat[:, : self._kv_width], weights.k_norm, rope, both[:, 0])
         if self.spec.clip_qkv is not None:
             both[:, 1].clamp_(-self.spec.clip_qkv, self.spec.clip_qkv)
         return both
 
-    def queries(self, weights: AttentionWeights, x_TD: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Queries (normalised, rotated) [T, H, d] of residual rows."""
-        normed = ops.rms_norm_for(x_TD, weights.norm, self.spec.norm_eps, weights.qkv)
-        return self._shape(self._project(weights, normed, 0, self._q_width), weights.q_norm, rope)
+    def queries(self, weights: AttentionWeights, normed_TD: ops.Rows, rope: Rope) -> torch.Tensor:
+        """Queries (normalised, rotated) [T, H, d] of normed rows."""
+        return self._shape(self._project(weights, normed_TD, 0, self._q_width), weights.q_norm, rope)
 
     def finish(
         self,
@@ -61,11 +88,11 @@ class Decoder:
         attended_THd: torch.Tensor,
         residual_TD: torch.Tensor,
         bank: ExpertBank | None,
-        out_TD: torch.Tensor,
+        out: LayerOutput,
     ) -> None:
-        """All of a layer behind its attention, written to ``out_TD``, which may be ``residual_TD``: that is used up."""
+        """All of a layer behind its attention, written to ``out``, which may be the residual: that is used up."""
         normed = self.add_attended_(layer, attended_THd, residual_TD)
-        self.feed_forward(layer, residual_TD, normed, bank, out_TD)
+        self.feed_forward(layer, residual_TD, normed, bank, out)
 
     def add_attended_(self, layer: LayerWeights, attended_THd: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """``residual += attended @ out`` in place; the norm of that sum, [T, D]."""
@@ -78,16 +105,17 @@ class Decoder:
         x_TD: torch.Tensor,
         normed_TD: torch.Tensor,
         bank: ExpertBank | None,
-        out_TD: torch.Tensor,
+        out: LayerOutput,
     ) -> None:
-        """``x + experts(normed)`` in a sparse layer, ``x + dense(normed)`` in a dense one, written to ``out_TD``."""
+        """``x + experts(normed)`` in a sparse layer, ``x + dense(normed)`` in a dense one, written to ``out``."""
         if isinstance(layer.ffn, DenseWeights):
-            torch.add(x_TD, self.dense(layer.ffn, normed_TD), out=out_TD)
+            ops.add_rms_norm(x_TD, self.dense(layer.ffn, normed_TD), out.residual, out.norm)
             return
         assert bank is not None, "a sparse layer needs its expert bank"
         weights, ids = self.route(layer.ffn, normed_TD)
         base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed_TD)
-        ops.experts(normed_TD, weights, ids, bank.gate_up, bank.down, base, bank.scales, out=out_TD)
+        matrices = bank.gate_up, bank.down
+        ops.experts(normed_TD, weights, ids, *matrices, base, bank.scales, out=out.residual, norm=out.norm)
 
     def route(self, weights: MoeWeights, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids [T, K] of the experts of normed rows."""
@@ -114,10 +142,10 @@ class Decoder:
         return ops.rms_norm(flat, weight, self.spec.norm_eps)
 
     def _project(
-        self, weights: AttentionWeights, x_TD: ops.Rows, first: int, last: int, out: torch.Tensor | None = None
+        self, weights: AttentionWeights, normed_TD: ops.Rows, first: int, last: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         bias = None if weights.qkv_bias is None else weights.qkv_bias[first:last]
-        return ops.linear(x_TD, weights.qkv[first:last], bias, out)
+        return ops.linear(normed_TD, weights.qkv[first:last], bias, out)
 
     def _shape(
         self, flat: torch.Tensor, norm: torch.Tensor | None, rope: Rope, out: torch.Tensor | None = None

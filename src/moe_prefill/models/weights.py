@@ -4,7 +4,7 @@ letters).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [D]
     lm_head: torch.Tensor  # [V, D]; the same storage as ``embed`` where the model ties them
+
+    @property
+    def with_next(self) -> Iterator[tuple[LayerWeights, LayerWeights | None]]:
+        """Each layer, and the one behind it, whose norm it writes."""
+        return zip(self.layers, (*self.layers[1:], None), strict=True)
 
 
 def weights_from_slots(spec: ModelSpec, slots: Mapping[str, Any]) -> ModelWeights:

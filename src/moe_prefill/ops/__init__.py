@@ -10,7 +10,7 @@ from .flash import chosen as flash_kernel
 from .flash import explain as explain_flash
 from .grouped import grouped_mm, has_float8, scaled_grouped_mm
 from .head import candidate_logits, vocabulary_scores
-from .linear import Float8Rows, Matrix, Rows, linear, linear_add_rms_norm_, rms_norm_for
+from .linear import Matrix, linear, linear_add_rms_norm_, rms_norm_for
 from .merge import merge_
 from .permute import ExpertOrder, order_by_expert, permute, permute_quantize
 from .quantize import (
@@ -23,9 +23,10 @@ from .quantize import (
     quantize_rows,
     swiglu_quantize,
 )
-from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
+from .rms_norm import NormInto, add_rms_norm, add_rms_norm_, rms_norm, rms_norm_quantize
 from .rope import head_norm_rope, rope_tables
 from .router import route, top_k_weights
+from .rows import Float8Rows, Rows
 from .swiglu import swiglu
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "Float8Blocks",
     "Float8Rows",
     "Matrix",
+    "NormInto",
     "Rows",
     "Spans",
+    "add_rms_norm",
     "add_rms_norm_",
     "aligned_rows",
     "attention",

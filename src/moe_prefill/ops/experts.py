@@ -13,6 +13,7 @@ from .expert_rows import expert_rows
 from .grouped import has_float8, scaled_grouped_mm
 from .permute import order_by_expert, permute, permute_quantize
 from .quantize import swiglu_quantize
+from .rms_norm import NormInto, ref_rms_norm
 from .swiglu import ref_swiglu, swiglu
 
 
@@ -45,6 +46,7 @@ def experts(
     num_rows: int | None = None,
     x_scale_T: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    norm: NormInto | None = None,
 ) -> torch.Tensor:
     """``residual + sum of the weighted experts``; a new tensor [T, D], or ``out``, which may be the residual itself.
     Deterministic; no host synchronisation on CUDA.
@@ -53,14 +55,17 @@ def experts(
     says how many; the others are E or more, cost nothing and add nothing. Float8 matrices come with ``scales`` float32
     ([E, 2I], [E, D]); activations are then quantised too, before they are gathered and again after the gated
     activation, unless the device has no float8 products; ``x_TD`` may come quantised, with ``x_scale_T``. With block
-    scales (four dimensions, see ``block_experts``) it comes plain.
+    scales (four dimensions, see ``block_experts``) it comes plain. ``norm`` is taken of the result.
     """
     if num_rows == 0:
-        return residual_TD.clone() if out is None else out.copy_(residual_TD)
+        out = residual_TD.clone() if out is None else out.copy_(residual_TD)
+        if norm is not None:
+            norm.take(out)
+        return out
     if scales is not None and scales[0].ndim == 4:
         rows = aligned_rows(ids_TK, len(gate_up_E2ID), num_rows)
         out_MD = block_experts_rows(x_TD, rows, gate_up_E2ID, down_EDI, scales)
-        return combine(out_MD, rows.order.row_of_slot_TK, weights_TK, residual_TD, out)
+        return combine(out_MD, rows.order.row_of_slot_TK, weights_TK, residual_TD, out, norm)
     order = order_by_expert(ids_TK, len(gate_up_E2ID), num_rows)
     if scales is None:
         out_RD = expert_rows(x_TD, order, gate_up_E2ID, down_EDI)
@@ -76,7 +81,7 @@ def experts(
         both_R2I = scaled_grouped_mm(rows_RD, scale_R, gate_up_E2ID, scales[0], order.ends_E, residual_TD.dtype)
         hidden_RI, scale_R = swiglu_quantize(both_R2I)
         out_RD = scaled_grouped_mm(hidden_RI, scale_R, down_EDI, scales[1], order.ends_E, residual_TD.dtype)
-    return combine(out_RD, order.row_of_slot_TK, weights_TK, residual_TD, out)
+    return combine(out_RD, order.row_of_slot_TK, weights_TK, residual_TD, out, norm)
 
 
 def ref_combine(
@@ -93,20 +98,43 @@ def ref_combine(
     return residual_TD + total.to(residual_TD.dtype)
 
 
+def ref_combine_rms_norm(
+    rows_RD: torch.Tensor,
+    row_of_slot_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    residual_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ref_combine``, and ``ref_rms_norm`` of its rounded result."""
+    combined = ref_combine(rows_RD, row_of_slot_TK, weights_TK, residual_TD)
+    return combined, ref_rms_norm(combined, norm_D, eps)
+
+
 def combine(
     rows_RD: torch.Tensor,
     row_of_slot_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     residual_TD: torch.Tensor,
     out: torch.Tensor | None = None,
+    norm: NormInto | None = None,
 ) -> torch.Tensor:
-    """Gather each token's K expert rows, weigh, add to the residual; a new tensor [T, D], or ``out``."""
+    """Gather each token's K expert rows, weigh, add to the residual; a new tensor [T, D], or ``out``. ``norm`` is taken
+    of that in the same pass.
+    """
     assert len(row_of_slot_TK) == len(weights_TK) == len(residual_TD), (row_of_slot_TK.shape, residual_TD.shape)
     if use_triton(rows_RD):
-        from .kernels.combine import combine_kernel
+        from .kernels.combine import combine_kernel, combine_rms_norm_kernel
 
-        return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD, out)
+        if norm is None:
+            return combine_kernel(rows_RD, row_of_slot_TK, weights_TK, residual_TD, out)
+        return combine_rms_norm_kernel(
+            rows_RD, row_of_slot_TK, weights_TK, residual_TD, norm.weight, norm.eps, *norm.tensors, out
+        )
     # A bag of rows with weights is what an embedding bag sums, in float32, in one pass over the rows.
     weights = weights_TK.to(rows_RD.dtype).masked_fill(row_of_slot_TK < 0, 0.0)
     total = F.embedding_bag(row_of_slot_TK.clamp(min=0), rows_RD, per_sample_weights=weights, mode="sum")
-    return torch.add(residual_TD, total, out=total if out is None else out)
+    combined = torch.add(residual_TD, total, out=total if out is None else out)
+    if norm is not None:
+        norm.take(combined)
+    return combined

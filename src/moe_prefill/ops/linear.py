@@ -8,54 +8,15 @@ these shapes that product is the faster one (8192^3 on an H200: 1420 against 119
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from .block_linear import Float8Blocks, block_linear
 from .grouped import has_float8
-from .quantize import FLOAT8, dequantize, quantize_rows
 from .rms_norm import add_rms_norm_, rms_norm, rms_norm_quantize
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Float8Rows:
-    """A matrix of float8 ``values`` [R, C] with a float32 ``scale`` [R]: of weights, or of activations."""
-
-    values: torch.Tensor
-    scale: torch.Tensor
-
-    def __post_init__(self) -> None:
-        assert self.values.dtype == FLOAT8, self.values.dtype
-        assert self.values.shape[:-1] == self.scale.shape, (self.values.shape, self.scale.shape)
-
-    @classmethod
-    def of(cls, rows_RC: torch.Tensor) -> Float8Rows:
-        """Quantised rows."""
-        return cls(*quantize_rows(rows_RC))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, rows: slice) -> Float8Rows:
-        return Float8Rows(self.values[rows], self.scale[rows])
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
-
-    def wide(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix that the values and scales stand for, rounded once."""
-        return dequantize(self.values, self.scale, dtype)
-
+from .rows import Float8Rows, Rows
 
 Matrix = torch.Tensor | Float8Rows | Float8Blocks  # of weights
-Rows = torch.Tensor | Float8Rows  # of activations
 
 
 def ref_linear(
@@ -92,7 +53,7 @@ def rms_norm_for(x_RC: torch.Tensor, norm_C: torch.Tensor, eps: float, weight_NC
     float8 with a scale a row.
     """
     if isinstance(weight_NC, Float8Rows) and x_RC.dtype == torch.bfloat16 and has_float8(x_RC.device):
-        return Float8Rows(*rms_norm_quantize(x_RC, norm_C, eps))
+        return rms_norm_quantize(x_RC, norm_C, eps)
     return rms_norm(x_RC, norm_C, eps)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import ops
 from ..core import Int64Array
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, LayerOutput
 from ..models.weights import DenseWeights, ExpertBank, LayerWeights
 from ..residency import shard_of
 from .collectives import Collectives
@@ -24,14 +24,15 @@ from .share import Share
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutedRows:
-    """A chunk on its way to the experts: normed rows [T, D], weights float32 and ids int64 [T, K] of their experts, and
-    the residual [T, D] that the weighted sum is added to.
+    """A chunk on its way to the experts: normed rows [T, D], weights float32 and ids int64 [T, K] of their experts, the
+    residual [T, D] that the weighted sum is added to, and where the sum goes.
     """
 
     normed: torch.Tensor
     weights: torch.Tensor
     ids: torch.Tensor
     base: torch.Tensor
+    out: LayerOutput
 
 
 class DataParallelDecoder(Decoder):
@@ -49,22 +50,22 @@ class DataParallelDecoder(Decoder):
         x_TD: torch.Tensor,
         normed_TD: torch.Tensor,
         bank: ExpertBank | None,
-        out_TD: torch.Tensor,
+        out: LayerOutput,
     ) -> None:
         if isinstance(layer.ffn, DenseWeights):
-            super().feed_forward(layer, x_TD, normed_TD, bank, out_TD)
+            super().feed_forward(layer, x_TD, normed_TD, bank, out)
             return
         assert bank is not None, "a sparse layer needs its share of the expert bank"
         weights, ids = self.route(layer.ffn, normed_TD)
         base = x_TD if layer.ffn.shared is None else x_TD + self.shared(layer.ffn, normed_TD)
-        out_TD.copy_(self.step(RoutedRows(normed_TD, weights, ids, base), bank))
+        self.step(RoutedRows(normed_TD, weights, ids, base, out), bank)
 
     def join(self, bank: ExpertBank) -> None:
         """One step without tokens of its own."""
         device, spec = self._collectives.ranks.device, self.spec
         nothing = torch.empty(0, spec.hidden_size, dtype=self._dtype, device=device)
         weights = torch.empty(0, spec.top_k, dtype=torch.float32, device=device)
-        self.step(RoutedRows(nothing, weights, weights.long(), nothing), bank)
+        self.step(RoutedRows(nothing, weights, weights.long(), nothing, LayerOutput(nothing)), bank)
 
     def begin_layer(self, steps: Int64Array) -> None:
         """``steps``: rows of every rank in every step, [steps, N]."""
@@ -97,8 +98,8 @@ class DataParallelDecoder(Decoder):
         )
 
     @abstractmethod
-    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
-        """``rows.base`` and the weighted sum of their experts, all ranks taking part; [T, D]."""
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> None:
+        """``rows.base`` and the weighted sum of their experts to ``rows.out``, all ranks taking part."""
 
 
 class ExpertDispatch(DataParallelDecoder):
@@ -116,7 +117,7 @@ class ExpertDispatch(DataParallelDecoder):
         self._starts = torch.tensor(starts, device=collectives.ranks.device)
         self._most_pairs = 2 * chunk_rows * share.whole.top_k
 
-    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> None:
         to = destinations(rows.ids, self._starts)
         send, receive, pairs = self._exchange_counts(to.counts)
         rank_S, token_S = send_order(to, sum(send))
@@ -128,9 +129,9 @@ class ExpertDispatch(DataParallelDecoder):
         choices = self._collectives.all_to_all(packed, send, receive, "dispatch")
         sums_MD = self._sums_by_source(rows_MD, choices, bank, receive, pairs)
         sums_SD = self._collectives.all_to_all(sums_MD, receive, send, "combine")
-        if not len(rows.base):
-            return rows.base
-        return ops.combine(sums_SD, homes(to), to.needed.t().to(torch.float32), rows.base)
+        if len(rows.base):
+            shares, out = to.needed.t().to(torch.float32), rows.out
+            ops.combine(sums_SD, homes(to), shares, rows.base, out.residual, out.norm)
 
     def _exchange_counts(self, counts_N2: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
         """Rows to send to every rank, rows to receive from it, and the pairs among these."""
@@ -154,7 +155,7 @@ class TokenGather(DataParallelDecoder):
     summed where the rows came from (reduce-scatter). Ranks with fewer rows in a step pad to the longest.
     """
 
-    def step(self, rows: RoutedRows, bank: ExpertBank) -> torch.Tensor:
+    def step(self, rows: RoutedRows, bank: ExpertBank) -> None:
         sizes = next(self._steps).tolist()
         longest, total = max(sizes), sum(sizes)
         assert len(rows.base) == sizes[self._share.rank], (len(rows.base), sizes)
@@ -167,7 +168,8 @@ class TokenGather(DataParallelDecoder):
         choices = self._collectives.all_gather(_padded(choices, longest, elsewhere))
         num_rows = None if total == len(gathered) else total * self.spec.top_k
         part = self.weighted_sums(gathered, choices, bank, num_rows)
-        return rows.base + self._collectives.reduce_scatter(part)[: len(rows.base)]
+        sums = self._collectives.reduce_scatter(part)[: len(rows.base)]
+        ops.add_rms_norm(rows.base, sums, rows.out.residual, rows.out.norm)
 
 
 def _padded(rows: torch.Tensor, length: int, filler: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ from ..config import EngineConfig
 from ..core import AtomicRequest
 from ..engine.local import Answer, LocalEngine
 from ..engine.plan import SweepPlan
-from ..engine.sweep import SweepOutput, read_head, rope_rows, run_layer
+from ..engine.sweep import SweepOutput, embedded, read_head, rope_rows, run_layer
 from ..experts import ResidentBanks
 from ..memory import MemoryPlan
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, Hidden
 from ..models.weights import ExpertBank, ModelWeights
 from .collectives import Collectives
 from .data_parallel import DataParallelDecoder
@@ -76,13 +76,14 @@ class TensorParallelEngine(StrategyEngine):
     """tp+tp, tp+ep: every rank computes every sweep, so all plans are the same and ranks are in step by themselves."""
 
     def _run(self, plan: SweepPlan) -> SweepOutput:
-        x = self._weights.embed.index_select(0, plan.tokens)
-        rope = rope_rows(plan, x.dtype)
-        for index, layer in enumerate(self._weights.layers):
+        hidden = embedded(plan, self._decoder, self._weights)
+        rope = rope_rows(plan, hidden.residual.dtype)
+        for index, (layer, ahead) in enumerate(self._weights.with_next):
             self.traffic.layer = index
-            x = run_layer(plan, self._decoder, layer, self._banks.acquire(index), index, x, rope)
+            bank = self._banks.acquire(index)
+            hidden = run_layer(plan, self._decoder, layer, ahead, bank, index, hidden, rope)
             self.layer_done()
-        return read_head(plan, self._decoder, self._weights, x)
+        return read_head(plan, self._decoder, self._weights, hidden.residual)
 
 
 class DataParallelEngine(StrategyEngine):
@@ -98,9 +99,9 @@ class DataParallelEngine(StrategyEngine):
         return answers
 
     def _run(self, plan: SweepPlan) -> SweepOutput:
-        x = self._through_layers(self._next_sweep(plan.forest.num_tokens, plan.last_rows), plan)
-        assert x is not None
-        return read_head(plan, self._decoder, self._weights, x)
+        hidden = self._through_layers(self._next_sweep(plan.forest.num_tokens, plan.last_rows), plan)
+        assert hidden is not None
+        return read_head(plan, self._decoder, self._weights, hidden.residual)
 
     def _run_empty(self) -> None:
         self._through_layers(self._next_sweep(0, 0), None)
@@ -108,20 +109,20 @@ class DataParallelEngine(StrategyEngine):
     def _next_sweep(self, tokens: int, last_rows: int) -> Lockstep:
         return Lockstep(self._collectives.gather_host([tokens, last_rows]), self.memory.chunk_rows)
 
-    def _through_layers(self, lockstep: Lockstep, plan: SweepPlan | None) -> torch.Tensor | None:
-        x = rope = None
+    def _through_layers(self, lockstep: Lockstep, plan: SweepPlan | None) -> Hidden | None:
+        hidden = rope = None
         if plan is not None:
-            x = self._weights.embed.index_select(0, plan.tokens)
-            rope = rope_rows(plan, x.dtype)
-        for index, layer in enumerate(self._weights.layers):
+            hidden = embedded(plan, self._decoder, self._weights)
+            rope = rope_rows(plan, hidden.residual.dtype)
+        for index, (layer, ahead) in enumerate(self._weights.with_next):
             self.traffic.layer = index
             bank = self._banks.acquire(index)
             steps = lockstep.steps(last=index == self.spec.num_layers - 1)
             self._decoder.begin_layer(steps)
-            if plan is not None and x is not None and rope is not None:
-                x = run_layer(plan, self._decoder, layer, bank, index, x, rope)
+            if plan is not None and hidden is not None and rope is not None:
+                hidden = run_layer(plan, self._decoder, layer, ahead, bank, index, hidden, rope)
             if bank is not None:
                 for _ in range(int((steps[:, self.share.rank] == 0).sum())):
                     self._decoder.join(bank)
             self.layer_done()
-        return x
+        return hidden

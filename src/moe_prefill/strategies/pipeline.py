@@ -130,13 +130,15 @@ class PipelineEngine(StrategyEngine):
         _, incoming = self._ahead.popleft()
         x = incoming.arrive() if incoming else self._weights.embed.index_select(0, plan.tokens)
         rope = rope_rows(plan, x.dtype)
-        for index, layer in zip(self.share.layers, self._weights.layers, strict=True):
+        hidden = self._decoder.hidden(self._weights.layers[0].attention, x)
+        for index, (layer, ahead) in zip(self.share.layers, self._weights.with_next, strict=True):
             self.traffic.layer = index
-            x = run_layer(plan, self._decoder, layer, self._banks.acquire(index), index, x, rope)
+            bank = self._banks.acquire(index)
+            hidden = run_layer(plan, self._decoder, layer, ahead, bank, index, hidden, rope)
             self.layer_done()
         if self._after is None:
-            return read_head(plan, self._decoder, self._weights, x)
-        self._sent.append(self._after.send(x))
+            return read_head(plan, self._decoder, self._weights, hidden.residual)
+        self._sent.append(self._after.send(hidden.residual))
         return SweepOutput(None, None)
 
     def _results(self, requests: Sequence[AtomicRequest], plan: SweepPlan, output: SweepOutput) -> list[AtomicResult]:

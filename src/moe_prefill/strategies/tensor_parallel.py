@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, LayerOutput
 from ..models.weights import DenseWeights, ExpertBank, LayerWeights
 from .collectives import Collectives
 from .share import Share
@@ -34,7 +34,7 @@ class TensorParallelDecoder(Decoder):
         x_TD: torch.Tensor,
         normed_TD: torch.Tensor,
         bank: ExpertBank | None,
-        out_TD: torch.Tensor,
+        out: LayerOutput,
     ) -> None:
         if isinstance(layer.ffn, DenseWeights):
             part = self.dense(layer.ffn, normed_TD)
@@ -44,7 +44,7 @@ class TensorParallelDecoder(Decoder):
             base = torch.zeros_like(x_TD) if layer.ffn.shared is None else self.shared(layer.ffn, normed_TD)
             ids, num_rows = self._within_bank(ids)
             part = ops.experts(normed_TD, weights, ids, bank.gate_up, bank.down, base, bank.scales, num_rows=num_rows)
-        torch.add(x_TD, self._collectives.all_reduce(part), out=out_TD)
+        ops.add_rms_norm(x_TD, self._collectives.all_reduce(part), out.residual, out.norm)
 
     def norm_all_heads(self, flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The mean square over all heads is the mean of the ranks' own: each holds equally many, and a key/value head

@@ -1,98 +1,149 @@
-"""RMSNorm in one pass over memory: alone, after a residual is added, or with its result quantised. T rows, D
-channels.
-"""
+"""RMSNorm in one pass over memory: alone or after a residual is added, plain or quantised. T rows, D channels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .quantize import load_row, quantized_outputs, store_row
+from ..quantize import FLOAT8_MAX, LEAST_AMAX
+from .quantize import load_row, store_row
 
 
 @triton.jit
-def _normed(x, weight_ptr, column, inside, D, eps, KIND: tl.constexpr):
+def store_normed(
+    x,
+    weight_ptr,
+    normed_ptr,
+    scale_ptr,
+    row,
+    column,
+    inside,
+    D,
+    eps,
+    KIND: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """The norm of a whole row ``x``, float32 numbers of type KIND, and its scale where it is stored in float8."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     # Rounded before the weight, as the reference does.
-    return (weight * (x * scale).to(KIND).to(tl.float32)).to(KIND)
+    normed = (weight * (x * scale).to(KIND).to(tl.float32)).to(KIND)
+    if FLOAT8:
+        store_row(normed.to(tl.float32), inside, normed_ptr, scale_ptr, row, column, D, LEAST, MOST)
+    else:
+        tl.store(normed_ptr + row * D + column, normed, mask=inside)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, out_ptr, x_stride, delta_stride, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    x, row, column, inside = load_row(x_ptr, x_stride, D, BLOCK)
-    kind = out_ptr.dtype.element_ty
-    if ADD:
-        x = (x + tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)).to(kind)
-        x = x.to(tl.float32)
-    tl.store(out_ptr + row * D + column, _normed(x, weight_ptr, column, inside, D, eps, kind), mask=inside)
-    if ADD:
-        tl.store(x_ptr + row * x_stride + column, x.to(kind), mask=inside)
-
-
-@triton.jit
-def _rms_norm_quantize_kernel(
     x_ptr,
+    delta_ptr,
+    total_ptr,
     weight_ptr,
-    out_ptr,
+    normed_ptr,
     scale_ptr,
     x_stride,
+    delta_stride,
+    total_stride,
     D,
     eps,
+    ADD: tl.constexpr,
+    FLOAT8: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     x, row, column, inside = load_row(x_ptr, x_stride, D, BLOCK)
-    normed = _normed(x, weight_ptr, column, inside, D, eps, x_ptr.dtype.element_ty).to(tl.float32)
-    store_row(normed, inside, out_ptr, scale_ptr, row, column, D, LEAST, MOST)
+    kind = x_ptr.dtype.element_ty
+    if ADD:
+        total = (x + tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        tl.store(total_ptr + row * total_stride + column, total, mask=inside)
+        x = total.to(tl.float32)
+    store_normed(x, weight_ptr, normed_ptr, scale_ptr, row, column, inside, D, eps, kind, FLOAT8, LEAST, MOST)
 
 
-def rms_norm_kernel(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """``weight * x / rms(x)`` over the last dimension; a contiguous tensor of the shape of ``x``."""
-    return _launch(x.reshape(-1, x.shape[-1]), None, weight_D, eps).view(x.shape)
-
-
-def add_rms_norm_kernel_(
-    x_TD: torch.Tensor, delta_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+def rms_norm_kernel(
+    x: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x += delta`` in place, then its norm; a contiguous tensor [T, D]."""
-    assert x_TD.stride(1) == delta_TD.stride(1) == 1, (x_TD.stride(), delta_TD.stride())
-    return _launch(x_TD, delta_TD, weight_D, eps)
+    """``weight * x / rms(x)`` over the last dimension; contiguous, of the shape of ``x``."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    x_TD = x.reshape(-1, x.shape[-1])
+    _launch(x_TD, None, x_TD, weight_D, eps, out.view(x_TD.shape), None)
+    return out
 
 
 def rms_norm_quantize_kernel(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 values [T, D] of the norm, rounded to the dtype of ``x`` first, and float32 scales [T]."""
-    T, D = x_TD.shape
-    assert x_TD.stride(1) == 1 or not T, x_TD.stride()
-    values, scale, constants = quantized_outputs(x_TD, T, D)
-    if T:
-        _rms_norm_quantize_kernel[(T,)](x_TD, weight_D, values, scale, x_TD.stride(0), D, eps, **constants)
-    return values, scale
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_TD: torch.Tensor, scale_T: torch.Tensor
+) -> None:
+    """Float8 values of the norm, rounded to the dtype of ``x`` first, to ``out``, and float32 scales."""
+    _launch(x_TD, None, x_TD, weight_D, eps, out_TD, scale_T)
 
 
-def _launch(x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    T, D = x_TD.shape
-    out = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
-    if T:
-        block = triton.next_power_of_2(D)
-        delta = x_TD if delta_TD is None else delta_TD
-        _rms_norm_kernel[(T,)](
-            x_TD,
-            delta,
-            weight_D,
-            out,
-            x_TD.stride(0),
-            delta.stride(0),
-            D,
-            eps,
-            ADD=delta_TD is not None,
-            BLOCK=block,
-            num_warps=4 if block <= 2048 else 8,
-        )
-    return out
+def add_rms_norm_kernel(
+    x_TD: torch.Tensor,
+    delta_TD: torch.Tensor,
+    total_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    scale_T: torch.Tensor | None = None,
+) -> None:
+    """``x + delta`` to ``total``, which may be ``x``, and its norm to ``out``, which is float8 where there are
+    scales.
+    """
+    assert x_TD.shape == delta_TD.shape == total_TD.shape, (x_TD.shape, delta_TD.shape, total_TD.shape)
+    _launch(x_TD, delta_TD, total_TD, weight_D, eps, out_TD, scale_T)
+
+
+def norm_arguments(weight_D: torch.Tensor, out_TD: torch.Tensor, scale_T: torch.Tensor | None) -> dict[str, Any]:
+    """What a kernel gets that ends with ``store_normed``. As many warps whatever comes before the norm: they sum its
+    squares in one order.
+    """
+    D, float8 = out_TD.shape[1], scale_T is not None
+    assert weight_D.shape == (D,), (weight_D.shape, out_TD.shape)
+    assert out_TD.is_contiguous(), out_TD.stride()
+    assert scale_T is None or (scale_T.is_contiguous() and len(scale_T) == len(out_TD)), out_TD.shape
+    block = triton.next_power_of_2(D)
+    return {
+        "weight_ptr": weight_D,
+        "normed_ptr": out_TD,
+        "scale_ptr": out_TD if scale_T is None else scale_T,
+        "D": D,
+        "FLOAT8": float8,
+        "LEAST": LEAST_AMAX,
+        "MOST": FLOAT8_MAX,
+        "BLOCK": block,
+        "num_warps": max(1, min(8, block // 512)) if float8 else 4 if block <= 2048 else 8,
+    }
+
+
+def _launch(
+    x_TD: torch.Tensor,
+    delta_TD: torch.Tensor | None,
+    total_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    scale_T: torch.Tensor | None,
+) -> None:
+    delta = x_TD if delta_TD is None else delta_TD
+    assert x_TD.shape == out_TD.shape, (x_TD.shape, out_TD.shape)
+    if not len(x_TD):
+        return
+    assert x_TD.stride(1) == delta.stride(1) == total_TD.stride(1) == 1, (x_TD.stride(), delta.stride())
+    _rms_norm_kernel[(len(x_TD),)](
+        x_TD,
+        delta,
+        total_TD,
+        x_stride=x_TD.stride(0),
+        delta_stride=delta.stride(0),
+        total_stride=total_TD.stride(0),
+        eps=eps,
+        ADD=delta_TD is not None,
+        **norm_arguments(weight_D, out_TD, scale_T),
+    )
