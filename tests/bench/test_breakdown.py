@@ -87,6 +87,7 @@ def test_an_empty_trace_is_nothing():
         ("sm90_fp8_gemm_1d2d_impl", "experts", "experts"),
         ("vectorized_elementwise_kernel", "attention", "attention"),
         ("_rms_norm_kernel", "rms_norm", "memory-bound"),
+        ("_combine_rms_norm_kernel", "experts", "memory-bound"),
         ("aten::addmm", "", "dense"),
     ],
 )

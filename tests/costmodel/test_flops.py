@@ -1,6 +1,7 @@
 """FLOPs: against operations counted in the plain model, and the properties that sharing asks for."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_flops_are_a_sum_over_segments_and_over_parts(spec, rows):
     parts = [work for index in range(spec.num_layers) for work in layer_work(spec, index, batch, "bfloat16").values()]
     assert total == sum(work.flops for work in [*parts, head_work(spec, batch, "bfloat16")])
     assert all((work.bytes > 0) or (work.flops == 0) for work in parts)
+
+
+@given(specs, runs(), st.data())
+def test_an_input_is_normed_once_by_what_writes_it(spec, rows, data):
+    """The first layer reads and writes one norm of its input more than a layer in the middle, the last one writes none
+    for a layer behind it.
+    """
+    layer = data.draw(st.sampled_from(spec.layers))
+    spec = replace(spec, layers=(layer,) * 3)
+    first, middle, last = (layer_work(spec, i, all_asked(rows), "bfloat16")["elementwise"].bytes for i in range(3))
+    norm = 2 * rows.num_rows * spec.hidden_size
+    assert (first - middle, middle - last) == (2 * norm, norm)
 
 
 @given(specs, st.integers(1, 60), st.lists(st.integers(1, 40), min_size=1, max_size=6))

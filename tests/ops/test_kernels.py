@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_prefill.ops.experts import ref_combine
+from moe_prefill.ops.experts import ref_combine, ref_combine_rms_norm
 from moe_prefill.ops.grouped import ref_grouped_mm
 from moe_prefill.ops.merge import ref_merge_
 from moe_prefill.ops.permute import ExpertOrder, ref_order_by_expert, ref_permute
@@ -11,6 +11,7 @@ from moe_prefill.ops.quantize import ref_quantize_rows
 from moe_prefill.ops.rms_norm import ref_add_rms_norm_, ref_rms_norm
 from moe_prefill.ops.rope import ref_apply_rope, rope_tables
 from moe_prefill.ops.router import ref_top_k_weights
+from moe_prefill.ops.rows import Float8Rows
 from moe_prefill.ops.swiglu import ref_swiglu
 from tests.conftest import DEVICE
 
@@ -39,7 +40,7 @@ def test_rms_norm(rows, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 40), (3, 256), (0, 16)])
 def test_add_rms_norm(rows, width, dtype):
-    from moe_prefill.ops.kernels.rms_norm import add_rms_norm_kernel_
+    from moe_prefill.ops.kernels.rms_norm import add_rms_norm_kernel
 
     wide, both = random(rows, width + 8, dtype=dtype), random(rows, 2 * width, dtype=dtype, seed=2)
     delta = both[:, width:]
@@ -47,8 +48,11 @@ def test_add_rms_norm(rows, width, dtype):
     expected = x.clone()
     want = ref_add_rms_norm_(expected, delta, weight, 1e-6)
     beside = wide[:, width:].clone()
-    torch.testing.assert_close(add_rms_norm_kernel_(x, delta, weight, 1e-6), want, **TOLERANCE[dtype])
-    torch.testing.assert_close(x, expected, **TOLERANCE[dtype])
+    normed, total = torch.empty_like(want), torch.empty(rows, 2 * width, dtype=dtype, device=DEVICE)[:, :width]
+    for out in (total, x):
+        add_rms_norm_kernel(x, delta, out, weight, 1e-6, normed)
+        torch.testing.assert_close(normed, want, **TOLERANCE[dtype])
+        torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
     assert torch.equal(wide[:, width:], beside)
 
 
@@ -185,13 +189,22 @@ def test_quantize(rows, width, dtype, before):
     if before != "nothing" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("the interpreter cuts bfloat16 where the hardware rounds, which moves values to other steps")
     x, weight = random(rows, width * (1 + (before == "swiglu")), dtype=dtype), random(width, dtype=dtype, seed=1)
+
+    def norm(x):
+        out = Float8Rows.empty(rows, width, DEVICE)
+        rms_norm_quantize_kernel(x, weight, 1e-6, out.values, out.scale)
+        return out.values, out.scale
+
     kernel, plain = {
         "nothing": (quantize_rows_kernel, lambda x: x),
         "swiglu": (swiglu_quantize_kernel, ref_swiglu),
-        "norm": (lambda x: rms_norm_quantize_kernel(x, weight, 1e-6), lambda x: ref_rms_norm(x, weight, 1e-6)),
+        "norm": (norm, lambda x: ref_rms_norm(x, weight, 1e-6)),
     }[before]
-    values, scale = kernel(x)
-    want, want_scale = ref_quantize_rows(plain(x))
+    assert_quantised(kernel(x), plain(x))
+
+
+def assert_quantised(got, rows):
+    (values, scale), (want, want_scale) = got, ref_quantize_rows(rows)
     torch.testing.assert_close(scale, want_scale, rtol=1e-2, atol=0)
     got, wanted = values.float(), want.float()
     if got.device.type == "cpu":
@@ -214,6 +227,38 @@ def test_combine(tokens, top_k, width, dtype):
     torch.testing.assert_close(combine_kernel(rows, slots, weights, residual), want, **TOLERANCE[dtype])
     combine_kernel(rows, slots, weights, residual, out=residual)  # in place
     torch.testing.assert_close(residual, want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k", "width"), [(1, 1, 8), (6, 3, 40), (4, 8, 2100), (0, 2, 16)])
+def test_combine_and_norm(tokens, top_k, width, float8, dtype):
+    from moe_prefill.ops.kernels.combine import combine_kernel, combine_rms_norm_kernel
+    from moe_prefill.ops.kernels.rms_norm import rms_norm_kernel, rms_norm_quantize_kernel
+
+    rows, norm = random(tokens * top_k, width, dtype=dtype), random(width, dtype=dtype, seed=6)
+    slots = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(3)).view(tokens, top_k).to(DEVICE)
+    slots[:1, 0] = -1  # of no row here
+    weights, wide = random(tokens, top_k, dtype=dtype, seed=4), random(tokens, 2 * width, dtype=dtype, seed=5)
+    residual, beside = wide[:, width:], wide[:, :width].clone()
+    want, want_normed = ref_combine_rms_norm(rows, slots, weights, residual, norm, 1e-6)
+    alone = combine_kernel(rows, slots, weights, residual)
+    quantised = Float8Rows.empty(tokens, width, DEVICE)
+    kept = (quantised.values, quantised.scale) if float8 else (torch.empty_like(want), None)
+    combine_rms_norm_kernel(rows, slots, weights, residual, norm, 1e-6, *kept, out=residual)  # rows of a wider buffer
+    torch.testing.assert_close(residual, want, **TOLERANCE[dtype])
+    assert torch.equal(wide[:, :width], beside)
+    assert torch.equal(residual, alone), "the same rows as without a norm"
+    if not float8:
+        torch.testing.assert_close(kept[0], want_normed, **TOLERANCE[dtype])
+        assert torch.equal(kept[0], rms_norm_kernel(residual, norm, 1e-6)), "the norm of what was written"
+        return
+    again = Float8Rows.empty(tokens, width, DEVICE)
+    rms_norm_quantize_kernel(residual, norm, 1e-6, again.values, again.scale)
+    assert torch.equal(quantised.values.view(torch.uint8), again.values.view(torch.uint8))
+    assert torch.equal(quantised.scale, again.scale)
+    if dtype == torch.float32 or DEVICE.type == "cuda":  # the interpreter cuts bfloat16: values move to other steps
+        assert_quantised(kept, want_normed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -176,6 +176,55 @@ def test_a_residual_is_added_and_normed(dtype):
     torch.testing.assert_close(normed, ref_rms_norm(want, weight, 1e-6), **tolerance)
 
 
+def normed_of(norm):
+    """What was written, as (rows, scales)."""
+    rows, scale = norm.tensors
+    return (rows, torch.zeros(0)) if scale is None else (rows.view(torch.uint8), scale)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("by", ["combine", "add", "experts", "no experts"])
+def test_what_writes_rows_norms_them_too(by, float8, dtype):
+    """The residual without a norm and the norm of that, bit for bit, in the middle of both buffers and nowhere else."""
+    x, weight = random(12, 16, dtype=dtype), random(16, dtype=dtype, seed=1)
+    rows, slots = random(12, 16, dtype=dtype, seed=2), torch.arange(12, device=DEVICE).view(6, 2)
+    slots[2, 1] = -1
+    routes, ids = random(6, 2, dtype=dtype, seed=3), torch.arange(12, device=DEVICE).view(6, 2) % 3
+    matrices = random(3, 16, 16, dtype=dtype, seed=4), random(3, 16, 8, dtype=dtype, seed=5)
+    write = {
+        "combine": lambda base, out, norm: ops.combine(rows, slots, routes, base, out, norm),
+        "add": lambda base, out, norm: ops.add_rms_norm(base, rows[:6], out, norm),
+        "experts": lambda base, out, norm: ops.experts(rows[:6], routes, ids, *matrices, base, out=out, norm=norm),
+        "no experts": lambda base, out, norm: ops.experts(
+            rows[:6], routes, ids + 3, *matrices, base, num_rows=0, out=out, norm=norm
+        ),
+    }[by]
+    buffer = ops.Float8Rows.of(random(12, 16, seed=6)) if float8 else random(12, 16, dtype=dtype, seed=6)
+    norm, part = ops.NormInto(weight, 1e-6, buffer), slice(4, 10)
+    before, untouched = [each.clone() for each in normed_of(norm)], x.clone()
+    alone = torch.empty_like(x[part])
+    write(x[part], alone, None)
+    assert torch.equal(x, untouched)
+    write(x[part], x[part], norm[part])
+    assert torch.equal(x[part], alone)
+    separate = ops.rms_norm_quantize(alone, weight, 1e-6) if float8 else ops.rms_norm(alone, weight, 1e-6)
+    for got, want, old in zip(normed_of(norm), normed_of(ops.NormInto(weight, 1e-6, separate)), before, strict=True):
+        assert torch.equal(got[part], want)
+        assert torch.equal(got[:4], old[:4])
+        assert torch.equal(got[10:], old[10:])
+    assert torch.equal(x[:4], untouched[:4])
+    assert torch.equal(x[10:], untouched[10:])
+
+
+def test_float8_rows_are_chosen_by_slices_and_by_indices():
+    rows = ops.Float8Rows.of(random(7, 16))
+    for chosen in (slice(2, 5), torch.tensor([6, 0, 0], device=DEVICE)):
+        assert torch.equal(rows[chosen].wide(torch.float32), rows.wide(torch.float32)[chosen])
+    rows[2:5].scale.zero_()
+    assert rows.scale.eq(0).nonzero().flatten().tolist() == [2, 3, 4], "a slice is a view"
+
+
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_projection_is_added_to_the_residual_and_normed(dtype, bias):

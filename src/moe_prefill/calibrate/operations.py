@@ -125,11 +125,15 @@ class LayerBench:
         return 4 * spec.num_heads * spec.head_dim * Rows.of(0, lengths).num_pairs(None) / self._seconds(work)
 
     def layer(self, tokens: int, chunk_rows: int) -> float:
-        """Seconds of the whole layer on ``tokens`` tokens, every row carried and normed for such a layer behind it."""
+        """Seconds of the whole layer on ``tokens`` tokens, every row carried, and of the norm of its input."""
         plan = self._plan(alike(_FIT_LENGTH, tokens), chunk_rows)
-        rope, layer, bank = rope_rows(plan, self.dtype), self._layer, self._bank
-        hidden = self._decoder.hidden(layer.attention, self._random(tokens, self.spec.hidden_size))
-        return self._seconds(lambda: run_layer(plan, self._decoder, layer, layer, bank, 0, hidden, rope))
+        x_TD, rope = self._random(tokens, self.spec.hidden_size), rope_rows(plan, self.dtype)
+
+        def work() -> None:
+            hidden = self._decoder.hidden(self._layer.attention, x_TD)
+            run_layer(plan, self._decoder, self._layer, None, self._bank, 0, hidden, rope)
+
+        return self._seconds(work)
 
     def _plan(self, lengths: Int64Array, chunk_rows: int) -> SweepPlan:
         """Of requests of these lengths that share nothing, every row carried."""

@@ -86,7 +86,9 @@ def _elementwise(spec: ModelSpec, index: int, batch: Batch, carried: Rows, preci
     a, e, d_model = ACTIVATION_BYTES[precision], EXPERT_BYTES[precision], spec.hidden_size
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     tokens, rows = batch.num_tokens, carried.num_rows
-    keys = a * tokens * (d_model + 2 * kv_width)  # the input's norm, written with the input; rotated keys
+    # The first layer norms its input; every layer but the last writes the norm of the next one's beside it.
+    normed = (2 * tokens if index == 0 else 0) + (rows if index < spec.num_layers - 1 else 0)
+    keys = a * (normed * d_model + 2 * tokens * kv_width)  # those norms, rotated keys
     queries = a * rows * (2 * q_width + 3 * d_model + 2 * d_model)  # rotation, residual, norm
     below = int((carried.length * carried.count)[carried.first > 0].sum())
     merges = 16 * q_width * below  # the first ancestor's: two float32 rows read, one written, one converted
