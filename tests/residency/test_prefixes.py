@@ -58,7 +58,7 @@ def test_jobs_keep_nothing_unless_asked():
 
 @pytest.mark.parametrize(
     ("spec", "gib", "ranks", "part"),
-    [(SMALL, 139, 1, 12), (SMALL, 79, 1, 12), (LARGE, 139, 8, 12), (SMALL, 62, 1, 24), (SMALL, 60, 1, None)],
+    [(SMALL, 139, 1, 12), (SMALL, 79, 1, 12), (LARGE, 139, 8, 12), (SMALL, 62.5, 1, 24), (SMALL, 60, 1, None)],
 )
 def test_by_default_the_pool_takes_what_costs_neither_banks_nor_sweeps(spec, gib, ranks, part):
     settings = {"quantization": "fp8"} if spec is LARGE else {}
