@@ -47,6 +47,8 @@ def test_linear(rows, n, c):
     want = ref_linear(x, weight, bias, torch.bfloat16)
     assert_near(same_every_time(lambda: ops.linear(x, weight, bias)), want)
     assert_near(ops.linear(x, weight[: n // 2]), (want - bias)[:, : n // 2])
+    for start in range(1, min(rows, 5)):  # whose scales begin anywhere
+        assert_near(ops.linear(x[start:], weight, bias), want[start:])
 
 
 @pytest.mark.parametrize("shape", [(64, 96, 64), (768, 1536, 2048), (33, 40, 72)])  # the last: no shape of torch's

@@ -17,6 +17,7 @@ from moe_prefill import ops
 from moe_prefill.ops.block_experts import ALIGNMENT, aligned_rows, ref_block_grouped_mm
 from moe_prefill.ops.experts import ref_experts
 from moe_prefill.ops.grouped import ref_scaled_grouped_mm
+from moe_prefill.ops.linear import _aligned
 from moe_prefill.ops.quantize import (
     FLOAT8_MAX,
     quantize_groups,
@@ -322,3 +323,12 @@ def test_a_package_that_does_not_work_is_found_out_before_it_is_needed(monkeypat
         with_product(lambda *arguments: 2 * ref_block_grouped_mm(*arguments)) == "sgl-deep-gemm multiplies wrongly here"
     )
     assert with_product(fails) == "sgl-deep-gemm does not work here: no nvcc"
+
+
+def test_scales_of_any_slice_begin_where_a_product_takes_them():
+    scale = torch.arange(9, dtype=torch.float32, device=DEVICE)
+    for start in range(6):
+        aligned = _aligned(scale[start:])
+        assert aligned.data_ptr() % 16 == 0
+        assert torch.equal(aligned, scale[start:])
+    assert _aligned(scale[4:]).data_ptr() == scale[4:].data_ptr()

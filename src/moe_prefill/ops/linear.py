@@ -101,9 +101,16 @@ def _scaled_mm(x_RC: Float8Rows, weight_NC: Float8Rows, out: torch.Tensor | None
     return torch._scaled_mm(
         x_RC.values,
         weight_NC.values.t(),
-        scale_a=x_RC.scale[:, None],
-        scale_b=weight_NC.scale[None, :],
+        scale_a=_aligned(x_RC.scale)[:, None],
+        scale_b=_aligned(weight_NC.scale)[None, :],
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
         out=out,
     )
+
+
+def _aligned(scale_R: torch.Tensor) -> torch.Tensor:
+    """cuBLAS refuses scales that do not begin at 16 bytes, as those of a slice of rows may not
+    (https://github.com/pytorch/pytorch/pull/159957): they are copied, 4 bytes a row.
+    """
+    return scale_R if scale_R.data_ptr() % 16 == 0 else scale_R.clone()
