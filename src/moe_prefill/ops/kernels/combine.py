@@ -60,7 +60,8 @@ def _combine_kernel(
     tl.store(out_ptr + token * out_stride + column, x, mask=inside)
 
 
-@triton.jit
+# A chunk's scales may begin anywhere: one kernel for all of them, none compiled in the middle of a sweep.
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def _combine_rms_norm_kernel(
     rows_ptr,
     slot_ptr,

@@ -39,7 +39,8 @@ def store_normed(
         tl.store(normed_ptr + row * D + column, normed, mask=inside)
 
 
-@triton.jit
+# A chunk's scales may begin anywhere: one kernel for all of them, none compiled in the middle of a sweep.
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def _rms_norm_kernel(
     x_ptr,
     delta_ptr,
