@@ -150,6 +150,17 @@ def test_teacher_candidates_at_positions(small: Tokenizer) -> None:
     assert codes == ["bad_positions", "bad_positions", "bad_list", "empty_text", "nothing_to_score"]
 
 
+def test_ids_of_numpy_are_ids(small: Tokenizer) -> None:
+    config = ScoreConfig(token_ids_column="ids", positions_column="at", candidate_ids_column="of")
+    task = build_task(config, small, LIMITS)
+    ids = np.arange(3, 7)
+    plain = {"ids": ids.tolist(), "at": [0, 1], "of": [[7, 8], [9, 1]]}
+    rows = [plain, {"ids": list(ids), "at": range(2), "of": [np.array([7, 8]), np.array([9, 1])]}]
+    first, second = (prepared.requests[0] for prepared in task.prepare(rows) if isinstance(prepared, PreparedRow))
+    assert first.tokens.tolist() == second.tokens.tolist() == [3, 4]
+    assert first.ids.tolist() == second.ids.tolist() == [7, 8, 9, 1]
+
+
 def test_a_teacher_prompt_ends_at_the_last_asked_position(small: Tokenizer) -> None:
     task = build_task(ScoreConfig(token_ids_column="ids", positions_column="at"), small, LIMITS)
     prepared, error = task.prepare([{"ids": list(range(300)), "at": [1, 7]}, {"ids": list(range(300)), "at": [250]}])

@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_prefill.errors import TaskError
@@ -97,6 +98,21 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(TaskError, match=message):
         load_task_file(path)
+
+
+@pytest.mark.parametrize("name", ["labels", "template", "system"])
+def test_bytes_of_another_encoding_are_refused(name: str) -> None:
+    """As a command line in Latin-1 hands them over."""
+    broken = b"caf\xe9 {text}".decode("utf-8", "surrogateescape")
+    values = {"labels": ["a", "b"], "chat": True, name: [broken, "b"] if name == "labels" else broken}
+    with pytest.raises(TaskError, match=rf"{name}.* which is no UTF-8"):
+        config_from_mapping("classify", values)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    values = {"candidates": np.array(["a", "b"]), "threshold": np.float32(0.5), "chat": np.bool_(True)}
+    assert config_from_mapping("select", values) == SelectConfig(candidates=("a", "b"), threshold=0.5, chat=True)
+    assert config_from_mapping("score", {"top_k": np.int64(3)}) == ScoreConfig(top_k=3)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:

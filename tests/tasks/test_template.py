@@ -32,6 +32,10 @@ def test_stray_braces_are_named(source: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (np.arange(2000), str(list(range(2000)))),
+        (np.array(["é", "b"]), '["é", "b"]'),
+        ({"a": np.array([1.5])}, '{"a": [1.5]}'),
+        (np.float32(0.1), "0.1"),
         (3, "3"),
         (2.5, "2.5"),
         (True, "true"),

@@ -104,19 +104,31 @@ def _value(value: object, hint: object, where: str) -> object:
         return _label(value, where)
     if origin is typing.Literal:
         hint = str
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item()  # a number or a truth value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     assert isinstance(hint, type), hint
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TaskError(f"{where} is {value!r}; it is of type {hint.__name__}")
+    if isinstance(value, str):
+        _check_unicode(value, where)
     return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Raise TaskError for what UTF-8 does not write, as bytes of a command line that are in another encoding."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise TaskError(f"{where} is {text[:60]!r}, which is no UTF-8; write it in that encoding") from None
 
 
 def _label(value: object, where: str) -> Label:
     if isinstance(value, Label):
         return value
     if isinstance(value, str):
-        return Label(name=value)
+        return Label(name=typing.cast(str, _value(value, str, where)))
     if not isinstance(value, Mapping):
         raise TaskError(f"{where} is {value!r}; a label is a text or a table with name, word and description")
     known = {field.name for field in dataclasses.fields(Label)}

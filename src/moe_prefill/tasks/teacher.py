@@ -142,7 +142,9 @@ class TeacherTask:
 
 
 def _integers(values: object, name: str) -> Int32Array:
-    if not isinstance(values, list | tuple) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    if not isinstance(values, list | tuple) or any(
+        isinstance(value, bool) or not isinstance(value, int | np.integer) for value in values
+    ):
         raise RowError("bad_list", f"column {name!r} needs a list of whole numbers, not {str(values)[:60]!r}")
     if any(abs(value) >= 2**31 for value in values):
         raise RowError("bad_ids", f"column {name!r} has a number beyond 32 bits")

@@ -111,6 +111,7 @@ def as_text(value: object) -> str:
     """
     if isinstance(value, str):
         return value
+    value = _unpacked(value)
     if value is None or _is_missing(value):
         return ""
     if isinstance(value, bool):
@@ -120,8 +121,17 @@ def as_text(value: object) -> str:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, list | tuple | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json.dumps(value, ensure_ascii=False, default=_for_json)
     return str(value)
+
+
+def _unpacked(value: object) -> object:
+    """An array, of numpy or torch, as the list that it holds; its own text leaves out what is in its middle."""
+    return value.tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value
+
+
+def _for_json(value: object) -> object:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _is_missing(value: object) -> bool:
@@ -140,13 +150,12 @@ def list_of(row: Row, column: str) -> list[object]:
             value = json.loads(value)
         except ValueError as error:
             raise RowError("bad_list", f"column {column!r} is no JSON list: {error}") from error
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = _unpacked(value)
     if value is None:
         raise RowError("empty_text", f"column {column!r} is null; a list is needed there")
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | range):
         raise RowError("bad_list", f"column {column!r} holds {str(value)[:40]!r}; a list is needed there")
-    return list(value)
+    return [_unpacked(entry) for entry in value]
 
 
 def texts_of(row: Row, column: str) -> list[str]:
