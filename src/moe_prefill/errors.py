@@ -99,3 +99,10 @@ class RowError(MoePrefillError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def kept(self) -> RowError:
+        """This error, to be kept as a row's answer: without the frames that it came through, whose texts and ids would
+        stay in memory as long as it does.
+        """
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from moe_prefill.core import PreparedRow
-from moe_prefill.errors import TaskError
+from moe_prefill.errors import RowError, TaskError
 from moe_prefill.tasks import RankConfig, SelectConfig, build_task
 from moe_prefill.text import Tokenizer
 from tests.tasks.fake_model import LIMITS, WIDE, logprob, run
@@ -99,6 +100,21 @@ def test_siblings_share_their_prompts_head(kind: type[SelectConfig] | type[RankC
     alike = next(i for i in range(shortest) if len({context[i] for context in contexts}) > 1)
     assert alike > shortest - 40
     assert all("Answer Yes or No." in tokenizer.decode(context) for context in contexts)
+
+
+def test_what_is_kept_of_rows_that_are_too_long_is_small(small: Tokenizer) -> None:
+    """An error must not hold the prompts of its row, and no more than a few rows' prompts are held at a time."""
+    task = build_task(SelectConfig(candidates=tuple(f"dog {i}" for i in range(200)), template=TEMPLATE), small, LIMITS)
+    rows = [{"text": f"{i} " + "the quick brown fox " * 300} for i in range(40)]
+    tracemalloc.start()
+    try:
+        errors = task.prepare(rows)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {error.code for error in errors if isinstance(error, RowError)} == {"too_long"}
+    assert kept < 1_000_000, kept
+    assert peak < 32_000_000 < len(rows) * 200 * len(rows[0]["text"]), peak
 
 
 def test_truncation_cuts_shared_texts_alike_and_candidates_apart(small: Tokenizer) -> None:

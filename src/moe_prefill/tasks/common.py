@@ -67,7 +67,7 @@ class LabelTask(ABC):
         try:
             return self._ask(row)
         except RowError as error:
-            return error
+            return error.kept()
 
     def _fields(self, row: Row) -> dict[str, str]:
         return fields_of(row, self._text_columns)

@@ -19,6 +19,7 @@ from .labels import LabelPlan, check_labels, plan_labels
 from .template import Template
 
 _PREFIX_REMEDY = "rename one, or close every label with --label-end (for example '\\n' or '<eos>')"
+_PART_CHARS = 1 << 23  # of prompts whose texts are held at a time
 _MAX_CUTS = 12  # each round removes the excess counted by the last one; texts that need more are given up
 
 
@@ -81,18 +82,28 @@ class Prompter:
         return text if self.chat is None else self.chat.render(text, self.config.system)
 
     def ask(self, asks: Sequence[Ask | RowError]) -> list[Asked | RowError]:
-        """Prepare a batch of rows, in order; a row that cannot be asked gives its error."""
-        spots = [self._spots(ask) for ask in asks]
-        flat = [spot for found in spots if not isinstance(found, RowError) for spot in found]
-        splits = iter(self._split(flat))
+        """Prepare a batch of rows, in order; a row that cannot be asked gives its error. Of rows with many or long
+        prompts a few are worked on at a time, for their texts need more memory than their ids.
+        """
         asked: list[Asked | RowError] = []
-        for ask, found in zip(asks, spots, strict=True):
-            if isinstance(found, RowError) or isinstance(ask, RowError):
-                assert isinstance(found, RowError), found
-                asked.append(found)
-            else:
-                asked.append(self._fit(ask, [next(splits) for _ in found]))
-        return asked
+        held: list[tuple[Ask, list[Spot]] | RowError] = []
+        chars = 0
+        for ask in asks:
+            spots = self._spots(ask)
+            if isinstance(spots, RowError) or isinstance(ask, RowError):
+                assert isinstance(spots, RowError), spots
+                held.append(spots)
+                continue
+            held.append((ask, spots))
+            chars += sum(len(spot.context) for spot in spots)
+            if chars > _PART_CHARS:
+                asked += self._asked_part(held)
+                held, chars = [], 0
+        return asked + self._asked_part(held)
+
+    def _asked_part(self, held: Sequence[tuple[Ask, list[Spot]] | RowError]) -> list[Asked | RowError]:
+        splits = iter(self._split([spot for one in held if not isinstance(one, RowError) for spot in one[1]]))
+        return [one if isinstance(one, RowError) else self._fit(one[0], [next(splits) for _ in one[1]]) for one in held]
 
     def check(self, ask: Ask) -> None:
         """Raise TaskError for what would fail in every row: labels that clash, or merge with the template's own end."""
@@ -112,7 +123,7 @@ class Prompter:
         try:
             return self._spots_or_raise(ask)
         except RowError as error:
-            return error
+            return error.kept()
 
     def _spots_or_raise(self, ask: Ask) -> list[Spot]:
         contexts = [self.context({**ask.fields, **variant}) for variant in ask.variants]
@@ -138,7 +149,7 @@ class Prompter:
                 splits = self._split(self._spots_or_raise(ask))
             raise too_long(excess + self._limit, self._limit, self.config.truncate)
         except RowError as error:
-            return error
+            return error.kept()
 
     def _asked(self, ask: Ask, splits: Sequence[Split | RowError], notes: tuple[str, ...]) -> Asked:
         closed = []

@@ -101,7 +101,7 @@ class ScoreTask:
         try:
             return self._rendered(fields_of(row, self.placeholders))
         except RowError as error:
-            return error
+            return error.kept()
 
     def _rendered(self, fields: dict[str, str]) -> _Text:
         continuation = (self._config.label_prefix or "") + self._continuation.render(fields)
@@ -140,7 +140,7 @@ class ScoreTask:
                 scored = self._encode([text])[0]
             raise too_long(excess + self._limit, self._limit, self._config.truncate)
         except RowError as error:
-            return error
+            return error.kept()
 
     def _shorten(self, text: _Text, excess: int) -> _Text:
         """Cut the context's texts, or the document itself; a continuation after a context is never cut."""

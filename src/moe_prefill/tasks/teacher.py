@@ -90,7 +90,7 @@ class TeacherTask:
             positions = self._positions(row, len(ids))
             candidates = self._candidates(row, ids, positions)
         except RowError as error:
-            return error
+            return error.kept()
         counts = [len(part) for part in candidates]
         request = AtomicRequest(
             ids[: positions[-1] + 1],
