@@ -107,6 +107,7 @@ def test_added_tokens_that_only_the_config_lists(tmp_path: Path) -> None:
     ("name", "stated"),
     [
         ("tokenizer_config.json", {"additional_special_tokens": ["<|x|>", " the"]}),
+        ("tokenizer_config.json", {"image_token": "<|x|>"}),
         ("tokenizer_config.json", {"extra_special_tokens": {"some_token": "<|x|>"}}),
         (
             "tokenizer_config.json",

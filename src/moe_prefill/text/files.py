@@ -106,7 +106,7 @@ def _special_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dic
     # The older special_tokens_map.json wins only where the config does not list its tokens itself.
     first, second = (config, legacy) if "added_tokens_decoder" in config else (legacy, config)
     tokens = {}
-    for name in _NAMED_TOKENS:
+    for name in (*_NAMED_TOKENS, *(key for key in (*config, *legacy) if key.endswith("_token"))):
         value = first.get(name, second.get(name))
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str) and text:
