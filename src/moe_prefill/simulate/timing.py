@@ -27,7 +27,8 @@ class SweepTimer:
         self._copies = bank_copies(machine.profile, machine.streaming)
         last = spec.num_layers - 1
         first_of: dict[object, int] = {}
-        self._like = [first_of.setdefault((layer, i == last), i) for i, layer in enumerate(spec.layers)]
+        # The first layer norms the embeddings too, the last one carries fewer rows.
+        self._like = [first_of.setdefault((layer, i == 0, i == last), i) for i, layer in enumerate(spec.layers)]
 
     def time(self, batch: Batch) -> SweepTime:
         machine, seconds = self.machine, dict[int, float]()
