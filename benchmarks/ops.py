@@ -156,6 +156,7 @@ class Layer:
             lambda: (ops.combine(rows_RD, slots, weights, x), ref_combine(rows_RD, slots, weights, x)),
             _size(x, x, slots, weights, rows_RD),
         )
+        yield self.combine_and_norm(rows_RD)
         both_R2I = self.random(self.rows * self.spec.top_k, 2 * self.spec.expert_size)
         yield Case(
             "swiglu",
@@ -164,6 +165,21 @@ class Layer:
             lambda: (ops.swiglu(both_R2I), ref_swiglu(both_R2I)),
             _size(both_R2I) * 3 // 2,
         )
+
+    def combine_and_norm(self, rows_RD: torch.Tensor) -> Case:
+        """What ends a sparse layer, in one pass and in two."""
+        x, norm, eps = self.x, self.norm, self.spec.norm_eps
+        slots, weights, residual, normed = self.order.row_of_slot_TK, self.weights, self.x.clone(), torch.empty_like(x)
+
+        def ours() -> list[torch.Tensor]:
+            into = ops.NormInto(norm, eps, normed)
+            return [ops.combine(rows_RD, slots, weights, x, residual, into), normed]
+
+        def apart() -> list[torch.Tensor]:
+            total = ref_combine(rows_RD, slots, weights, x)
+            return [total, ref_rms_norm(total, norm, eps)]
+
+        return Case("combine_rms_norm", ours, apart, lambda: (ours(), apart()), _size(x, x, x, slots, weights, rows_RD))
 
     def heads(self) -> Iterator[Case]:
         spec, eps, norm = self.spec, self.spec.norm_eps, self.head_norm

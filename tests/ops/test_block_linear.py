@@ -121,7 +121,7 @@ def test_the_kernels_of_a_gpu_are_tried_before_anything_depends_on_them(monkeypa
 def cublaslt(rows, weight, *, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_dtype):
     """``scaled_mm`` as cuBLASLt computes it, which refuses the layouts that cuBLASLt does."""
     (count, c), n = rows.shape, weight.shape[1]
-    assert count % 16 == 0, count
+    assert count % 4 == 0, count
     assert (rows.stride(), weight.stride()) == ((c, 1), (1, c))
     groups, blocks = c // 128, -(-c // 512) * 4
     assert (scale_a.shape, scale_b.shape) == ((count, groups), (blocks, n // 128))
@@ -144,11 +144,11 @@ def test_any_number_of_rows_is_laid_out_as_cublaslt_wants(rows, n, c, monkeypatc
 
 def test_rows_of_zeros_are_added_only_where_rows_are_missing():
     values, scale_GR = torch.arange(1, 1 + 3 * 256).view(3, 256).remainder(7).to(ops.FLOAT8), torch.ones(2, 3)
-    padded, scale = block_linear._whole_tiles(values, scale_GR)
-    assert (padded.shape, padded.dtype, scale.shape) == ((16, 256), ops.FLOAT8, (2, 16))
+    padded, scale = block_linear._filled_up(values, scale_GR)
+    assert (padded.shape, padded.dtype, scale.shape) == ((4, 256), ops.FLOAT8, (2, 4))
     assert torch.equal(padded[:3].float(), values.float())
     assert (padded[3:].float().unique().tolist(), scale.sum(1).tolist()) == ([0.0], [3.0, 3.0])
-    whole = block_linear._whole_tiles(padded, scale)
+    whole = block_linear._filled_up(padded, scale)
     assert whole[0] is padded
     assert whole[1] is scale
 

@@ -71,15 +71,24 @@ def test_a_query_without_keys_is_zero_and_minus_infinity():
     ("num_q", "heads", "packs"),
     [
         ([4096] * 16, 16, False),  # whole tiles either way
+        ([512] * 9, 8, False),
         ([300] * 200, 8, True),  # three tiles a head for 2.35
         ([16] * 500, 8, True),  # an eighth of a tile a head
-        ([4000, 5000, 3100], 8, False),  # 2% more tiles
+        ([1500] * 40, 8, False),  # 2% more tiles, each of them 4% shorter
+        ([5000] * 13, 8, True),  # 2% more tiles, each of them 1% shorter
         ([16] * 500, 1, False),  # nothing to pack
         ([0, 256], 4, False),
     ],
 )
-def test_heads_are_packed_where_that_saves_tiles(num_q, heads, packs):
-    assert packs_heads(np.array(num_q, np.int32), heads) is packs
+def test_heads_are_packed_where_that_is_shorter(num_q, heads, packs):
+    rows = np.array(num_q, np.int32)
+    assert packs_heads(rows, rows, heads, causal=True) is packs
+
+
+def test_empty_tiles_weigh_more_with_many_keys():
+    rows = np.full(4, 700, np.int32)  # 10% more tiles without packing
+    assert not packs_heads(rows, np.full(4, 64, np.int32), 8, causal=False)
+    assert packs_heads(rows, np.full(4, 2048, np.int32), 8, causal=False)
 
 
 def test_merging_splits_of_the_keys_gives_the_whole():

@@ -138,12 +138,12 @@ def _deep_gemm(rows_RC: torch.Tensor, scale_GR: torch.Tensor, weight_NC: Float8B
     deep_gemm.fp8_gemm_nt((rows_RC, scale_GR.t()), weight, out_RN, compiled_dims="nk")
 
 
-# cuBLASLt takes multiples of some number of rows only: four by what vLLM pads to (its pull request 49932), so that each
-# group's scales begin at 16 bytes, eight by what Transformer Engine checks. Sixteen is a multiple of either.
-_ROWS = 16
+# cuBLASLt takes multiples of four rows only, so that each group's scales begin at 16 bytes: on one H200 (2026-11-24) it
+# refused 1, 3, 15, 17, 130 and 4,097 rows and took 4, 16, 132 and 4,096.
+_ROWS = 4
 
 
-def _whole_tiles(rows_RC: torch.Tensor, scale_GR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _filled_up(rows_RC: torch.Tensor, scale_GR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and scales with rows of zeros up to a multiple of ``_ROWS``; as they are where there is none to add."""
     missing = -len(rows_RC) % _ROWS
     if not missing:
@@ -156,7 +156,7 @@ def _torch(rows_RC: torch.Tensor, scale_GR: torch.Tensor, weight_NC: Float8Block
     """cuBLASLt wants the scales of rows along the rows without a gap, and those of blocks along the input channels,
     their number rounded up to a multiple of four.
     """
-    rows, scale = _whole_tiles(rows_RC, scale_GR)
+    rows, scale = _filled_up(rows_RC, scale_GR)
     grid_nc = F.pad(weight_NC.scale, (0, -weight_NC.scale.shape[1] % 4))
     product = F.scaled_mm(
         rows,

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Result = tuple[torch.Tensor, torch.Tensor]
 VARIABLE = "MOE_PREFILL_ATTENTION"
-_TILE = 128  # rows of queries that FlashAttention 3 computes together
-_PACKING = 1.05  # what a tile costs more where it holds all heads of a key/value head
+# FlashAttention 3 computes tiles of 128 rows of queries. On one H200 a tile takes as long as its keys and some 64 more,
+# and as 32 more again where it holds all heads of a key/value head (benchmarks/results/attention_packing.json).
+_TILE, _TILE_KEYS, _PACKING_KEYS = 128, 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,19 @@ def explain(device: torch.device, *, windowed: bool = False) -> list[str]:
     return choice.explain(KERNELS, lambda kernel: kernel.refusal(device, windowed), VARIABLE)
 
 
-def _flash_3(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, causal: bool, window: int | None, scale: float
+def flash_3(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: Spans,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    pack: bool | None = None,
 ) -> Result:
+    """FlashAttention 3. ``pack``: whether a tile holds all heads of a key/value head; None: ``packs_heads`` says."""
+    if pack is None:
+        pack = packs_heads(np.diff(spans.cu_q), np.diff(spans.cu_k), q.shape[1] // k.shape[1], causal=causal)
     nothing = [None] * 9  # page table to scales of float8 inputs
     out, lse, *_ = torch.ops.fa3_fwd.fwd(
         *(q, k, v, None, None, None, None),
@@ -83,22 +94,23 @@ def _flash_3(
         *(scale, causal, -1 if window is None else window - 1, 0 if causal else -1),
         *(0, 0.0, True, None),  # no chunks, no soft cap
         1,  # one split: its number would change the order of sums
-        packs_heads(np.diff(spans.cu_q), q.shape[1] // k.shape[1]),
+        pack,
         0,
     )
     return out, lse
 
 
-def packs_heads(num_q: np.ndarray, heads: int) -> bool:
-    """Whether tiles of queries better hold all ``heads`` of a key/value head: there are fewer then behind entries of
-    ``num_q`` queries, and each costs a little more. FlashAttention 3 itself always packs where lengths vary, since it
-    has them on the device only.
+def packs_heads(num_q: np.ndarray, num_k: np.ndarray, heads: int, *, causal: bool) -> bool:
+    """Whether tiles of queries better hold all ``heads`` of a key/value head: fewer are partly empty then, and each
+    takes longer. Entries have ``num_q`` queries and ``num_k`` keys. FlashAttention 3 itself always packs where lengths
+    vary, since it has them on the device only; the answers are the same.
     """
+    keys = num_k - 0.5 * num_q if causal else num_k  # that a query sees on average
 
-    def tiles(rows: np.ndarray) -> int:
-        return int((-(-rows // _TILE)).sum())
+    def cost(rows: np.ndarray, more_keys: int) -> float:
+        return float((-(-rows // _TILE) * (keys + _TILE_KEYS + more_keys)).sum())
 
-    return heads * tiles(num_q) > _PACKING * tiles(heads * num_q.astype(np.int64))
+    return heads * cost(num_q, 0) > cost(heads * num_q.astype(np.int64), _PACKING_KEYS)
 
 
 def _refusal_3(device: torch.device, windowed: bool) -> str | None:
@@ -134,6 +146,6 @@ def _flash_2(
 
 
 KERNELS = (
-    FlashKernel("flash-attention-3", _flash_3, _refusal_3),
+    FlashKernel("flash-attention-3", flash_3, _refusal_3),
     FlashKernel("flash-attention-2", _flash_2, lambda device, windowed: None),
 )
