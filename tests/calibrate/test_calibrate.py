@@ -113,6 +113,22 @@ def test_on_a_gpu_a_layer_takes_its_launches_or_its_work(bench, monkeypatch):
     assert found.elementwise["float32"].at(256) == pytest.approx(moved(bench, 256)[0] / left_s)
 
 
+def test_rows_stay_as_they_are_while_a_layer_is_timed(bench, monkeypatch):
+    """Else those of a request would become equal, and their experts the same few."""
+    rows_TD = bench._random(64, bench.spec.hidden_size)
+    kept = rows_TD.clone()
+    monkeypatch.setattr(bench, "_random", lambda *shape: rows_TD)
+
+    def often(work) -> float:
+        for _ in range(200):
+            work()
+        return 1.0
+
+    monkeypatch.setattr(bench, "_seconds", often)
+    assert bench.layer(64, 64) == 1.0
+    torch.testing.assert_close(rows_TD, kept, rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_fused_into_products_is_faster_than_memory(bench, monkeypatch):
     """A layer that takes one and a half times what its norms and rotation alone would beside its products."""
     on_gpu(bench, monkeypatch)
