@@ -270,6 +270,21 @@ def test_a_refusal_speaks_of_the_body(http, body, param, told):
     assert "--" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/score", {"text_1": "", "text_2": ["a"]}, "text_1"),
+        ("/score", {"queries": ["a", " "], "documents": ["b", "c"]}, "queries"),
+        ("/score", {"queries": ["a", "b"], "documents": ["c"]}, "queries"),
+        ("/rerank", {"query": " ", "documents": ["a"]}, "query"),
+    ],
+)
+def test_a_query_that_is_refused_has_the_name_that_the_client_gave_it(http, path, body, param):
+    reply = http.post(path, json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+
+
 def test_long_documents_are_cut_when_asked(make_service, tokenizer):
     service = make_service(FakeEngine(max_request=100, vocab_size=tokenizer.vocab_size))
     long = "word " * 900

@@ -148,8 +148,8 @@ def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
     instruct = raw.get("instruction")
     if instruct is not None and not isinstance(instruct, str):
         raise bad_request("bad_text", "instruction is a text", "instruction")
-    left = _side(context, body, ("text_1", "queries", "data_1"))
-    right = _side(context, body, ("text_2", "documents", "items", "data_2"))
+    first, left = _side(context, body, ("text_1", "queries", "data_1"))
+    second, right = _side(context, body, ("text_2", "documents", "items", "data_2"))
     if len(left) == 1:
         rows = [(left[0], right)]
     elif len(left) == len(right):
@@ -158,7 +158,7 @@ def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
         raise bad_request(
             "bad_pairs",
             f"{len(left)} texts stand beside {len(right)}; the first side has one text or as many",
-            "text_1",
+            first,
         )
 
     def reply(scores: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -173,7 +173,8 @@ def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
 
     asked = _Asked(
         rows,
-        "text_2",
+        second,
+        first,
         keep=body.truncate_prompt_tokens,
         raw_scores=body.use_activation is False,
         instruct=instruct,
@@ -183,12 +184,13 @@ def score_pairs(context: Context, raw: dict[str, Any]) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """Queries with their documents, in the field ``param``. ``keep`` and ``side``: how prompts are cut, None: not.
-    ``raw_scores``: log-odds. ``instruct`` fills the task's placeholder of that name.
+    """Queries with their documents, in the fields ``query_param`` and ``param``. ``keep`` and ``side``: how prompts are
+    cut, None: not. ``raw_scores``: log-odds. ``instruct`` fills the task's placeholder of that name.
     """
 
     rows: Sequence[tuple[str, Sequence[str]]]
     param: str
+    query_param: str = "query"
     keep: int | None = None
     side: Literal["left", "right"] = "right"
     raw_scores: bool = False
@@ -198,6 +200,10 @@ class _Asked:
 def _plan(context: Context, asked: _Asked, reply: Any) -> Plan:
     """Scores of each row's documents, row after row."""
     context.check_rows(sum(len(documents) for _, documents in asked.rows), asked.param)
+    if not all(query.strip() for query, _ in asked.rows):
+        raise bad_request(
+            "empty_text", f"{asked.query_param} is empty; the prompt needs a text there", asked.query_param
+        )
     config, max_tokens = _truncating(context.rerank, asked.keep, asked.side)
     query_column, column = config.text_column, config.candidates_column
     assert column is not None, "the server's rerank task reads its candidates from a column"
@@ -292,9 +298,10 @@ def _text_of(document: dict[str, Any]) -> str:
     raise bad_request("bad_document", 'a document is a text, {"text": ...}, or content parts of type text', "documents")
 
 
-def _side(context: Context, body: PairsBody, names: Sequence[str]) -> list[str]:
+def _side(context: Context, body: PairsBody, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The one field of ``names`` that is given, and its texts."""
     given = [(name, getattr(body, name)) for name in names if getattr(body, name) is not None]
     if len(given) != 1:
         raise bad_request("bad_pairs", f"exactly one of {', '.join(names)} is needed; {len(given)} are given", names[0])
     name, value = given[0]
-    return texts_of(context, value, name)
+    return name, texts_of(context, value, name)
