@@ -30,7 +30,7 @@ from moe_prefill.bench.report import report_head, save_report
 from moe_prefill.core import ModelSpec
 from moe_prefill.models import preset, spec_from_hf
 from moe_prefill.ops.attention import ref_attention
-from moe_prefill.ops.experts import ref_combine
+from moe_prefill.ops.experts import ref_combine, ref_combine_rms_norm
 from moe_prefill.ops.grouped import ref_grouped_mm
 from moe_prefill.ops.merge import ref_merge_
 from moe_prefill.ops.permute import ref_order_by_expert, ref_permute
@@ -176,8 +176,7 @@ class Layer:
             return [ops.combine(rows_RD, slots, weights, x, residual, into), normed]
 
         def apart() -> list[torch.Tensor]:
-            total = ref_combine(rows_RD, slots, weights, x)
-            return [total, ref_rms_norm(total, norm, eps)]
+            return list(ref_combine_rms_norm(rows_RD, slots, weights, x, norm, eps))
 
         return Case("combine_rms_norm", ours, apart, lambda: (ours(), apart()), _size(x, x, x, slots, weights, rows_RD))
 

@@ -119,6 +119,7 @@ def test_a_window_with_very_many_tokens_is_scored_in_groups(tmp_path: Path) -> N
     source = write_table(tmp_path / "in.csv", rows(1000))
     engine = FakeEngine(max_sweep=16)
     run(source, tmp_path / "out.csv", window_rows=None, engine=engine)
+    assert len(engine.calls) == 25
     assert max(engine.calls) < 100 < sum(engine.calls) / 10, "a call holds the tokens of 64 sweeps, or a few more"
     whole = FakeEngine()
     run(source, tmp_path / "whole.csv", window_rows=None, engine=whole)

@@ -138,9 +138,7 @@ def _deep_gemm(rows_RC: torch.Tensor, scale_GR: torch.Tensor, weight_NC: Float8B
     deep_gemm.fp8_gemm_nt((rows_RC, scale_GR.t()), weight, out_RN, compiled_dims="nk")
 
 
-# cuBLASLt takes multiples of four rows only, so that each group's scales begin at 16 bytes: on one H200 (2026-11-24) it
-# refused 1, 3, 15, 17, 130 and 4,097 rows and took 4, 16, 132 and 4,096.
-_ROWS = 4
+_ROWS = 4  # cuBLASLt takes multiples of four rows only, so that each group's scales begin at 16 bytes
 
 
 def _filled_up(rows_RC: torch.Tensor, scale_GR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

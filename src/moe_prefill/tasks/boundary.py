@@ -48,7 +48,12 @@ def split_spots(
     again = _try(tokenizer, list(moved.values()), add_bos)
     for i, found in zip(moved, again, strict=True):
         split[i] = found
-    return [found or _unsplit(tokenizer, spots[i], mode, add_bos) for i, found in enumerate(split)]
+    failed = [spot for spot, found in zip(spots, split, strict=True) if found is None]
+    unsplit = (
+        _unsplit(tokenizer, spot, ids, mode)
+        for spot, ids in zip(failed, _encode(tokenizer, failed, add_bos), strict=True)
+    )
+    return [found or next(unsplit) for found in split]
 
 
 def _try(tokenizer: Tokenizer, spots: Sequence[Spot], add_bos: bool) -> list[Split | None]:
@@ -76,8 +81,7 @@ def _split(context: Int32Array, wholes: Sequence[Int32Array]) -> Split | None:
     return Split(context, tuple(tuple(whole[size:].tolist()) for whole in wholes))
 
 
-def _unsplit(tokenizer: Tokenizer, spot: Spot, mode: Boundary, add_bos: bool) -> Split | RowError:
-    (ids,) = _encode(tokenizer, [spot], add_bos)
+def _unsplit(tokenizer: Tokenizer, spot: Spot, ids: Sequence[Int32Array], mode: Boundary) -> Split | RowError:
     context = ids[0]
     if not len(context):
         return RowError("empty_text", "the context has no tokens; give the prompt some text before its labels")

@@ -153,7 +153,7 @@ def quantize_rows_kernel(x_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     R, C = x_RC.shape
     out, scale = _outputs(x_RC, R, C)
     if R:
-        _quantize_kernel[(R,)](x_RC, out, scale, x_RC.stride(0), C, **_constants(C))
+        _quantize_kernel[(R,)](x_RC, out, scale, x_RC.stride(0), C, **row_constants(C))
     return out, scale
 
 
@@ -163,15 +163,15 @@ def swiglu_quantize_kernel(gate_up_R2F: torch.Tensor) -> tuple[torch.Tensor, tor
     assert gate_up_R2F.stride(1) == 1, gate_up_R2F.stride()
     out, scale = _outputs(gate_up_R2F, R, F)
     if R:
-        _swiglu_quantize_kernel[(R,)](gate_up_R2F, out, scale, gate_up_R2F.stride(0), F, **_constants(F))
+        _swiglu_quantize_kernel[(R,)](gate_up_R2F, out, scale, gate_up_R2F.stride(0), F, **row_constants(F))
     return out, scale
 
 
 def quantized_outputs(
     x: torch.Tensor, rows: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float | int]]:
-    """Values and scales to be written, and the constants of a kernel that does so by ``store_row``."""
-    return *_outputs(x, rows, width), _constants(width)
+    """Values and scales to be written, and ``row_constants``."""
+    return *_outputs(x, rows, width), row_constants(width)
 
 
 def _outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +179,8 @@ def _outputs(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torc
     return values, torch.empty(rows, dtype=torch.float32, device=x.device)
 
 
-def _constants(width: int) -> dict[str, float | int]:
+def row_constants(width: int) -> dict[str, float | int]:
+    """Of a kernel that stores a row by ``store_row``."""
     from ..quantize import FLOAT8_MAX, LEAST_AMAX
 
     block = triton.next_power_of_2(width)

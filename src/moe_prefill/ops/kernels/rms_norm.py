@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..quantize import FLOAT8_MAX, LEAST_AMAX
-from .quantize import load_row, store_row
+from .quantize import load_row, row_constants, store_row
 
 
 @triton.jit
@@ -109,17 +108,16 @@ def norm_arguments(weight_D: torch.Tensor, out_TD: torch.Tensor, scale_T: torch.
     assert weight_D.shape == (D,), (weight_D.shape, out_TD.shape)
     assert out_TD.is_contiguous(), out_TD.stride()
     assert scale_T is None or (scale_T.is_contiguous() and len(scale_T) == len(out_TD)), out_TD.shape
-    block = triton.next_power_of_2(D)
+    constants = row_constants(D)
+    if not float8:
+        constants["num_warps"] = 4 if D <= 2048 else 8
     return {
         "weight_ptr": weight_D,
         "normed_ptr": out_TD,
         "scale_ptr": out_TD if scale_T is None else scale_T,
         "D": D,
         "FLOAT8": float8,
-        "LEAST": LEAST_AMAX,
-        "MOST": FLOAT8_MAX,
-        "BLOCK": block,
-        "num_warps": max(1, min(8, block // 512)) if float8 else 4 if block <= 2048 else 8,
+        **constants,
     }
 
 
